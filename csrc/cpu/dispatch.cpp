@@ -1,0 +1,122 @@
+// Run-time choice between the copies of each CPU kernel. This file and everything it includes is compiled
+// for the baseline instruction set.
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "fastft/cpu_capability.h"
+#include "fastft/cross_entropy.h"
+#include "fastft/log_softmax_kl.h"
+#include "fastft/topk_kl.h"
+
+namespace fastft {
+
+#define FASTFT_DECLARE_TARGET(target)                                                     \
+    namespace target {                                                                    \
+    void log_softmax_kl_rows(const LogSoftmaxKlArgs&, int64_t, int64_t);                  \
+    void log_softmax_kl_backward_rows(const LogSoftmaxKlBackwardArgs&, int64_t, int64_t); \
+    void topk_kl_rows(const TopkKlArgs&, int64_t, int64_t);                               \
+    void cross_entropy_rows(const CrossEntropyArgs&, int64_t, int64_t);                   \
+    void exp2_array(const float*, float*, int64_t);                                       \
+    void log_array(const float*, float*, int64_t);                                        \
+    }
+
+FASTFT_DECLARE_TARGET(scalar)
+#ifdef FASTFT_CPU_X86
+FASTFT_DECLARE_TARGET(avx2)
+FASTFT_DECLARE_TARGET(avx512)
+FASTFT_DECLARE_TARGET(avx512_bf16)
+#endif
+
+namespace {
+
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+
+CpuCapability from_name(const std::string& name) {
+    for (int i = 0; i < 4; ++i) {
+        if (name == kNames[i]) {
+            const auto capability = static_cast<CpuCapability>(i);
+            if (capability > best_cpu_capability()) {
+                throw std::runtime_error("FASTFT_CPU_CAPABILITY=" + name +
+                                         ", but this build on this CPU has " +
+                                         name_of(best_cpu_capability()) + " at best");
+            }
+            return capability;
+        }
+    }
+    throw std::runtime_error("FASTFT_CPU_CAPABILITY=" + name +
+                             ", expected scalar, avx2, avx512 or avx512_bf16");
+}
+
+CpuCapability from_environment() {
+    const char* name = std::getenv("FASTFT_CPU_CAPABILITY");
+    return name && *name ? from_name(name) : best_cpu_capability();
+}
+
+// -1 until first asked for, so that a bad environment variable is an error of the first call, not of import.
+std::atomic<int32_t> current{-1};
+
+}  // namespace
+
+const char* name_of(CpuCapability capability) { return kNames[static_cast<int32_t>(capability)]; }
+
+CpuCapability best_cpu_capability() {
+#ifdef FASTFT_CPU_X86
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return CpuCapability::Avx512Bf16;
+    if (avx512) return CpuCapability::Avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        return CpuCapability::Avx2;
+    }
+#endif
+    return CpuCapability::Scalar;
+}
+
+CpuCapability cpu_capability() {
+    int32_t value = current.load(std::memory_order_relaxed);
+    if (value < 0) {
+        value = static_cast<int32_t>(from_environment());
+        current.store(value, std::memory_order_relaxed);
+    }
+    return static_cast<CpuCapability>(value);
+}
+
+void set_cpu_capability(const char* name) {
+    current.store(static_cast<int32_t>(from_name(name)), std::memory_order_relaxed);
+}
+
+#ifdef FASTFT_CPU_X86
+#define FASTFT_CALL(function, ...)                     \
+    switch (cpu_capability()) {                        \
+        case CpuCapability::Avx512Bf16:                \
+            return avx512_bf16::function(__VA_ARGS__); \
+        case CpuCapability::Avx512:                    \
+            return avx512::function(__VA_ARGS__);      \
+        case CpuCapability::Avx2:                      \
+            return avx2::function(__VA_ARGS__);        \
+        case CpuCapability::Scalar:                    \
+            return scalar::function(__VA_ARGS__);      \
+    }
+#else
+#define FASTFT_CALL(function, ...) return scalar::function(__VA_ARGS__)
+#endif
+
+void log_softmax_kl_cpu(const LogSoftmaxKlArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(log_softmax_kl_rows, args, begin, end);
+}
+void log_softmax_kl_backward_cpu(const LogSoftmaxKlBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(log_softmax_kl_backward_rows, args, begin, end);
+}
+void topk_kl_cpu(const TopkKlArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(topk_kl_rows, args, begin, end);
+}
+void cross_entropy_cpu(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(cross_entropy_rows, args, begin, end);
+}
+void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
+void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }
+
+}  // namespace fastft

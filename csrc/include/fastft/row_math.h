@@ -1,0 +1,245 @@
+// The mathematics of one row of logits, shared by every kernel of this project on every device.
+//
+// A row is seen by several lanes (SIMD lanes on the CPU, threads on the GPU). Each lane keeps a state,
+// updates it with the elements it sees, and states are merged in a fixed order at the end of the row.
+// Templates take V, "a value": float or double (scalar CPU code, CUDA threads) or a SIMD vector of floats
+// (cpu/vec.h). For V they need + - * /, fma_, max_, exp2_, log_, select_, and the comparisons > and >=.
+//
+// Conventions
+//   c       = log2(e) / temperature, so softmax weights are exp2((x - max) * c); one multiplication for the
+//             temperature and the change of base. The subtraction comes first: logits of +-1e4 lose nothing.
+//   max     starts at the lowest finite number, not -inf: then -inf logits need no branch, since
+//             exp2(-inf - lowest) is 0 and not NaN. A row of only -inf has sum 0 and gives NaN, as in torch.
+//   0 log 0 = 0: an element with probability 0 under the first argument of KL adds nothing, even where the
+//             other one is 0 as well. KL is inf where only the second one is 0.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "fastft/target.h"
+#include "fastft/types.h"
+
+namespace fastft {
+inline namespace FASTFT_TARGET {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+FASTFT_HD float fma_(float a, float b, float c) { return fmaf(a, b, c); }
+FASTFT_HD double fma_(double a, double b, double c) { return fma(a, b, c); }
+// A NaN in `a` is dropped, one in `b` is kept: call with the running value first.
+FASTFT_HD float max_(float a, float b) { return a > b ? a : b; }
+FASTFT_HD double max_(double a, double b) { return a > b ? a : b; }
+FASTFT_HD float exp2_(float x) { return exp2f(x); }
+FASTFT_HD double exp2_(double x) { return exp2(x); }
+FASTFT_HD float log_(float x) { return logf(x); }
+FASTFT_HD double log_(double x) { return log(x); }
+FASTFT_HD float log2_(float x) { return log2f(x); }
+FASTFT_HD double log2_(double x) { return log2(x); }
+FASTFT_HD float select_(bool m, float a, float b) { return m ? a : b; }
+FASTFT_HD double select_(bool m, double a, double b) { return m ? a : b; }
+FASTFT_HD bool any_(bool m) { return m; }
+
+// Constants of V's element type, and V from one number.
+template <class V>
+struct ValueTraits {
+    using Scalar = V;
+    static FASTFT_HD V splat(V x) { return x; }
+};
+template <class V>
+using ScalarOf = typename ValueTraits<V>::Scalar;
+
+template <class S>
+FASTFT_HD S lowest();
+template <>
+FASTFT_HD float lowest<float>() {
+    return -FLT_MAX;
+}
+template <>
+FASTFT_HD double lowest<double>() {
+    return -DBL_MAX;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Online softmax: max and sum of exp2((x - max) * c).
+
+template <class V>
+struct SoftmaxState {
+    V max, sum;
+
+    FASTFT_HD void init() {
+        max = ValueTraits<V>::splat(lowest<ScalarOf<V>>());
+        sum = ValueTraits<V>::splat(0);
+    }
+
+    // Takes K values at once so that the rescaling costs one exp2 per K elements.
+    template <int K>
+    FASTFT_HD void update(const V (&x)[K], V c) {
+        V m = max;
+        for (int k = 0; k < K; ++k) m = max_(m, x[k]);
+        V block = exp2_((x[0] - m) * c);
+        for (int k = 1; k < K; ++k) block = block + exp2_((x[k] - m) * c);
+        if (any_(m > max)) sum = sum * exp2_((max - m) * c);
+        sum = sum + block;
+        max = m;
+    }
+};
+
+template <class S>
+FASTFT_HD void merge(SoftmaxState<S>& a, const SoftmaxState<S>& b, S c) {
+    const S m = max_(a.max, b.max);
+    a.sum = a.sum * exp2_((a.max - m) * c) + b.sum * exp2_((b.max - m) * c);
+    a.max = m;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Online KL(P || Q) of two rows, P = softmax(p / T), Q = softmax(q / T):
+//   KL = sum_j P_j (p_j - q_j) / T - lse(p / T) + lse(q / T)
+// `dot` is sum_j exp2((p_j - max_p) c) (p_j - q_j), still to be divided by P's sum.
+
+template <class V>
+struct KlState {
+    SoftmaxState<V> p, q;
+    V dot;
+
+    FASTFT_HD void init() {
+        p.init();
+        q.init();
+        dot = ValueTraits<V>::splat(0);
+    }
+
+    template <int K>
+    FASTFT_HD void update(const V (&x)[K], const V (&y)[K], V c) {
+        const V zero = ValueTraits<V>::splat(0);
+        q.update(y, c);
+        V m = p.max;
+        for (int k = 0; k < K; ++k) m = max_(m, x[k]);
+        V block_sum = zero, block_dot = zero;
+        for (int k = 0; k < K; ++k) {
+            const V e = exp2_((x[k] - m) * c);
+            block_sum = block_sum + e;
+            // NaN (not 0) where x is NaN: the comparison is written so that NaN fails it.
+            block_dot = block_dot + select_(zero >= e, zero, e * (x[k] - y[k]));
+        }
+        if (any_(m > p.max)) {
+            const V scale = exp2_((p.max - m) * c);
+            p.sum = p.sum * scale;
+            // An infinite term whose weight has become 0 must go: inf * 0 is NaN.
+            dot = select_(zero >= scale, zero, dot * scale);
+        }
+        p.sum = p.sum + block_sum;
+        dot = dot + block_dot;
+        p.max = m;
+    }
+};
+
+template <class S>
+FASTFT_HD void merge(KlState<S>& a, const KlState<S>& b, S c) {
+    const S m = max_(a.p.max, b.p.max);
+    const S scale_a = exp2_((a.p.max - m) * c), scale_b = exp2_((b.p.max - m) * c);
+    a.dot = (scale_a > S(0) ? a.dot * scale_a : S(0)) + (scale_b > S(0) ? b.dot * scale_b : S(0));
+    a.p.sum = a.p.sum * scale_a + b.p.sum * scale_b;
+    a.p.max = m;
+    merge(a.q, b.q, c);
+}
+
+// What the gradient needs to know about a row. `log2_sum` is log2 of the softmax's sum, kept apart from max:
+// their sum would lose the digits of log2_sum where max is large.
+template <class S>
+struct RowStats {
+    S max, log2_sum;
+};
+
+template <class S>
+FASTFT_HD RowStats<S> stats(const SoftmaxState<S>& a) {
+    return {a.max, log2_(a.sum)};
+}
+
+// log-sum-exp of x / T in nats.
+template <class S>
+FASTFT_HD S lse(const RowStats<S>& a, S c) {
+    return (a.max * c + a.log2_sum) * S(kLn2);
+}
+
+template <class S>
+FASTFT_HD S kl_value(const KlState<S>& a, S c) {
+    // The difference of the two log-sum-exps, large parts first.
+    const S lse_difference = ((a.p.max - a.q.max) * c + (log2_(a.p.sum) - log2_(a.q.sum))) * S(kLn2);
+    return a.dot / a.p.sum * c * S(kLn2) - lse_difference;
+}
+
+// log2 of the softmax probability of x.
+template <class V>
+FASTFT_HD V log2_prob(V x, V max, V log2_sum, V c) {
+    return fma_(x - max, c, ValueTraits<V>::splat(0) - log2_sum);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Gradients with respect to the student's logit s, for one element. `scale` is the factor of the row (the
+// temperature, the row's weight and the incoming gradient). T^2 dKL/ds = T * the expressions below.
+
+// Forward KL(P_t || P_s): P_s - P_t.
+template <class V>
+FASTFT_HD V forward_kl_grad(V log2_ps, V log2_pt, V scale) {
+    return scale * (exp2_(log2_ps) - exp2_(log2_pt));
+}
+
+// Reverse KL(P_s || P_t): P_s (log P_s - log P_t - KL).
+template <class V>
+FASTFT_HD V reverse_kl_grad(V log2_ps, V log2_pt, V kl, V scale) {
+    const V zero = ValueTraits<V>::splat(0);
+    const V ps = exp2_(log2_ps);
+    const V ln2 = ValueTraits<V>::splat(ScalarOf<V>(kLn2));
+    return select_(zero >= ps, zero, scale * ps * ((log2_ps - log2_pt) * ln2 - kl));
+}
+
+// The two parts of the generalised Jensen-Shannon divergence at one element:
+//   t = P_t log(P_t / M),  s = P_s log(P_s / M),  M = beta P_t + (1 - beta) P_s.
+// With r = P_s / P_t, M / P_t = beta + (1 - beta) r, and likewise for s: no logarithm of a tiny M.
+template <class V>
+struct JsdTerms {
+    V t, s;
+};
+
+template <class V>
+FASTFT_HD V log_student_over_mixture(V ps, V pt, V beta) {
+    const V zero = ValueTraits<V>::splat(0), one = ValueTraits<V>::splat(1);
+    return zero - log_(fma_(beta, pt / ps, one - beta));
+}
+
+template <class V>
+FASTFT_HD JsdTerms<V> jsd_terms(V log2_ps, V log2_pt, V beta) {
+    const V zero = ValueTraits<V>::splat(0), one = ValueTraits<V>::splat(1);
+    const V ps = exp2_(log2_ps), pt = exp2_(log2_pt);
+    const V log_t = zero - log_(fma_(one - beta, ps / pt, beta));
+    return {select_(zero >= pt, zero, pt * log_t),
+            select_(zero >= ps, zero, ps * log_student_over_mixture(ps, pt, beta))};
+}
+
+// (1 - beta) P_s (log(P_s / M) - KL(P_s || M)); the factor (1 - beta) belongs to `scale`.
+template <class V>
+FASTFT_HD V jsd_grad(V log2_ps, V log2_pt, V kl_student, V beta, V scale) {
+    const V zero = ValueTraits<V>::splat(0);
+    const V ps = exp2_(log2_ps), pt = exp2_(log2_pt);
+    return select_(zero >= ps, zero, scale * ps * (log_student_over_mixture(ps, pt, beta) - kl_student));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Sum in two parts whose total error does not grow with the number of terms (Neumaier).
+template <class S>
+struct CompensatedSum {
+    S sum = 0, carry = 0;
+    FASTFT_HD void add(S x) {
+        const S t = sum + x;
+        // Infinities would leave NaN in the carry.
+        if (fabs(t) <= (sizeof(S) == 4 ? S(FLT_MAX) : S(DBL_MAX)))
+            carry += fabs(sum) >= fabs(x) ? (sum - t) + x : (x - t) + sum;
+        sum = t;
+    }
+    FASTFT_HD S value() const { return sum + carry; }
+};
+
+}  // namespace FASTFT_TARGET
+}  // namespace fastft

@@ -1,0 +1,116 @@
+// fastft._build: what this build is and what it found on this machine. Tensors go through torch.ops, never
+// through here; the functions on raw addresses serve the tests of row_math.h and vec.h.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "fastft/build_info.h"
+#include "fastft/cpu_capability.h"
+#include "fastft/row_math.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict info() {
+    py::dict d;
+    d["version"] = FASTFT_VERSION;
+    d["cuda"] = fastft::built_with_cuda();
+    d["cuda_reason"] = FASTFT_CUDA_REASON;
+    d["cuda_archs"] = FASTFT_CUDA_ARCHS;
+    d["cuda_compiler"] = FASTFT_CUDA_COMPILER;
+    d["compiler"] = FASTFT_COMPILER;
+    d["torch_built_with"] = FASTFT_TORCH_VERSION;
+    d["cpu_capability"] = fastft::name_of(fastft::cpu_capability());
+    d["cpu_capability_best"] = fastft::name_of(fastft::best_cpu_capability());
+    d["torch_has_cuda_stream"] = fastft::torch_has_cuda_stream();
+    return d;
+}
+
+py::list launch_configurations() {
+    fastft::LaunchConfiguration all[64];
+    const int n = fastft::launch_configurations(all, 64);
+    py::list out;
+    for (int i = 0; i < n; ++i) {
+        py::dict d;
+        d["kernel"] = all[i].kernel;
+        d["threads"] = all[i].threads;
+        d["registers"] = all[i].registers;
+        d["shared_bytes"] = all[i].shared_bytes;
+        d["blocks_per_sm"] = all[i].blocks_per_sm;
+        out.append(d);
+    }
+    return out;
+}
+
+py::list devices() {
+    py::list out;
+    for (int i = 0; i < fastft::device_count(); ++i) {
+        fastft::DeviceLimits limits;
+        if (!fastft::device_limits(i, &limits)) continue;
+        py::dict d;
+        d["name"] = limits.name;
+        d["capability"] = py::make_tuple(limits.major, limits.minor);
+        d["multiprocessors"] = limits.multiprocessors;
+        d["max_threads_per_block"] = limits.max_threads_per_block;
+        d["shared_bytes_per_block"] = limits.shared_bytes_per_block;
+        d["l2_bytes"] = limits.l2_bytes;
+        d["global_bytes"] = limits.global_bytes;
+        out.append(d);
+    }
+    return out;
+}
+
+template <class T>
+T* address(uintptr_t p) {
+    return reinterpret_cast<T*>(p);
+}
+
+// KL(softmax(p) || softmax(q)) of one row the way a block of `threads` CUDA threads computes it: every thread
+// takes `K` neighbouring elements in turn, then states merge pairwise. Runs the very templates of the device.
+constexpr int kElements = 8;
+
+double kl_by_threads(uintptr_t p_address, uintptr_t q_address, int64_t n, int threads, double temperature) {
+    const float* p = address<const float>(p_address);
+    const float* q = address<const float>(q_address);
+    const float c = static_cast<float>(fastft::kLog2E / temperature);
+    std::vector<fastft::KlState<float>> states(static_cast<size_t>(threads));
+    for (int t = 0; t < threads; ++t) {
+        auto& state = states[static_cast<size_t>(t)];
+        state.init();
+        for (int64_t i = int64_t(t) * kElements; i < n; i += int64_t(threads) * kElements) {
+            float x[kElements], y[kElements];
+            for (int k = 0; k < kElements; ++k) {
+                const bool inside = i + k < n;
+                x[k] = inside ? p[i + k] : -INFINITY;
+                y[k] = inside ? q[i + k] : -INFINITY;
+            }
+            state.update(x, y, c);
+        }
+    }
+    for (int step = threads / 2; step > 0; step /= 2) {
+        for (int t = 0; t < step; ++t) {
+            fastft::merge(states[static_cast<size_t>(t)], states[static_cast<size_t>(t + step)], c);
+        }
+    }
+    return fastft::kl_value(states[0], c);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_build, m) {
+    m.doc() = "Build information, device limits and launch configurations of fastft's kernels.";
+    m.def("info", &info);
+    m.def("launch_configurations", &launch_configurations);
+    m.def("devices", &devices);
+    m.def("cpu_capability", [] { return fastft::name_of(fastft::cpu_capability()); });
+    m.def("set_cpu_capability", [](const std::string& name) { fastft::set_cpu_capability(name.c_str()); });
+    m.def("exp2_array", [](uintptr_t x, uintptr_t y, int64_t n) {
+        fastft::exp2_array_cpu(address<const float>(x), address<float>(y), n);
+    });
+    m.def("log_array", [](uintptr_t x, uintptr_t y, int64_t n) {
+        fastft::log_array_cpu(address<const float>(x), address<float>(y), n);
+    });
+    m.def("kl_by_threads", &kl_by_threads);
+}

@@ -1,0 +1,79 @@
+// Every op of this project: schema and kernels. Nothing else is registered in C++.
+//
+// No schema has default arguments (defaults live in the public Python functions). The linear_* ops are the
+// chunk loops around torch's matrix product; fastft/ops registers their kernels, fakes and gradients. Row ops
+// end in `_rows`: they work on one chunk of logits and write into it.
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(fastft, m) {
+    m.def(
+        "log_softmax_kl(Tensor student_logits, Tensor teacher_logits, Tensor? weights, float temperature, "
+        "str direction, float beta) -> (Tensor kl, Tensor stats)");
+    m.def(
+        "log_softmax_kl_backward(Tensor grad_kl, Tensor student_logits, Tensor teacher_logits, Tensor stats, "
+        "float temperature, str direction, float beta) -> Tensor");
+    m.def(
+        "log_softmax_kl_rows(Tensor(a!) student_logits, Tensor teacher_logits, Tensor? weights, Tensor(b!) "
+        "kl, "
+        "float temperature, str direction, float beta, bool write_grad) -> ()");
+    m.def(
+        "topk_kl_rows(Tensor(a!) logits, Tensor ids, Tensor log_probs, Tensor? weights, Tensor(b!) kl, "
+        "bool tail, float temperature, bool write_grad) -> ()");
+    m.def(
+        "cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor(b!) nll, int ignore_index, "
+        "bool write_grad) -> ()");
+    m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
+
+    // -> the loss ([] or, with reduction none, [rows]); what each row's divergence is multiplied with in it;
+    // d divergence / d hidden per row, and d loss / d weight, both empty unless asked for.
+    m.def(
+        "linear_log_softmax_kl(Tensor student_hidden, Tensor teacher_hidden, Tensor weight, "
+        "Tensor? teacher_weight, Tensor? weights, float temperature, str direction, float beta, "
+        "str reduction, int chunk_rows, bool hidden_grad, bool weight_grad) "
+        "-> (Tensor loss, Tensor row_scale, Tensor hidden_grad, Tensor weight_grad)");
+    m.def(
+        "linear_topk_kl(Tensor student_hidden, Tensor weight, Tensor topk_ids, Tensor topk_log_probs, "
+        "Tensor? weights, bool tail, float temperature, str reduction, int chunk_rows, "
+        "bool hidden_grad, bool weight_grad) "
+        "-> (Tensor loss, Tensor row_scale, Tensor hidden_grad, Tensor weight_grad)");
+    m.def(
+        "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor? weights, int "
+        "ignore_index, "
+        "str reduction, int chunk_rows, bool hidden_grad, bool weight_grad) "
+        "-> (Tensor loss, Tensor row_scale, Tensor hidden_grad, Tensor weight_grad)");
+}
+
+#define FASTFT_IMPL(device)                                                             \
+    STABLE_TORCH_LIBRARY_IMPL(fastft, device, m) {                                      \
+        m.impl("log_softmax_kl", TORCH_BOX(&fastft::log_softmax_kl_forward));           \
+        m.impl("log_softmax_kl_backward", TORCH_BOX(&fastft::log_softmax_kl_backward)); \
+        m.impl("log_softmax_kl_rows", TORCH_BOX(&fastft::log_softmax_kl_rows));         \
+        m.impl("topk_kl_rows", TORCH_BOX(&fastft::topk_kl_rows));                       \
+        m.impl("cross_entropy_rows", TORCH_BOX(&fastft::cross_entropy_rows));           \
+        m.impl("row_reduce", TORCH_BOX(&fastft::row_reduce));                           \
+    }
+
+// One glue function serves both devices; which kernel it calls is the tensor's device.
+FASTFT_IMPL(CPU)
+
+#ifdef FASTFT_WITH_CUDA
+FASTFT_IMPL(CUDA)
+#else
+namespace {
+void no_cuda(StableIValue*, uint64_t, uint64_t) {
+    throw std::runtime_error(
+        "fastft was built without CUDA; rebuild with FASTFT_CUDA=1 (nvcc must be on PATH)");
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
+    for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
+                           "cross_entropy_rows", "row_reduce"}) {
+        m.impl(op, &no_cuda);
+    }
+}
+#endif

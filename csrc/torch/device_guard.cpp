@@ -1,0 +1,40 @@
+// DeviceGuard, and the CUDA entry points of a build without CUDA.
+#include "fastft/build_info.h"
+#include "fastft/cross_entropy.h"
+#include "fastft/cuda_device.h"
+#include "fastft/log_softmax_kl.h"
+#include "fastft/row_reduce.h"
+#include "fastft/topk_kl.h"
+#include "util.h"
+
+namespace fastft {
+
+DeviceGuard::DeviceGuard(const Tensor& x) : previous_(exchange_cuda_device(x.get_device_index())) {}
+DeviceGuard::~DeviceGuard() { exchange_cuda_device(previous_); }
+
+bool torch_has_cuda_stream() { return aoti_torch_get_current_cuda_stream != nullptr; }
+
+#ifdef FASTFT_WITH_CUDA
+bool built_with_cuda() { return true; }
+#else
+bool built_with_cuda() { return false; }
+int launch_configurations(LaunchConfiguration*, int) { return 0; }
+int device_count() { return 0; }
+bool device_limits(int, DeviceLimits*) { return false; }
+
+namespace {
+[[noreturn]] void no_cuda() {
+    throw std::runtime_error(
+        "fastft was built without CUDA; rebuild with FASTFT_CUDA=1 (nvcc must be on PATH)");
+}
+}  // namespace
+
+int exchange_cuda_device(int) { no_cuda(); }
+void log_softmax_kl_cuda(const LogSoftmaxKlArgs&, cudaStream_t) { no_cuda(); }
+void log_softmax_kl_backward_cuda(const LogSoftmaxKlBackwardArgs&, cudaStream_t) { no_cuda(); }
+void topk_kl_cuda(const TopkKlArgs&, cudaStream_t) { no_cuda(); }
+void cross_entropy_cuda(const CrossEntropyArgs&, cudaStream_t) { no_cuda(); }
+void row_reduce_cuda(const RowReduceArgs&, cudaStream_t) { no_cuda(); }
+#endif
+
+}  // namespace fastft

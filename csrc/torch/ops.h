@@ -1,0 +1,27 @@
+// The functions that bindings.cpp registers. Shapes and dtypes are in the headers of csrc/include/fastft.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace fastft {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> log_softmax_kl_forward(const Tensor& student, const Tensor& teacher,
+                                                  std::optional<Tensor> weights, double temperature,
+                                                  std::string direction, double beta);
+Tensor log_softmax_kl_backward(const Tensor& grad_kl, const Tensor& student, const Tensor& teacher,
+                               const Tensor& stats, double temperature, std::string direction, double beta);
+void log_softmax_kl_rows(Tensor student, const Tensor& teacher, std::optional<Tensor> weights, Tensor kl,
+                         double temperature, std::string direction, double beta, bool write_grad);
+void topk_kl_rows(Tensor logits, const Tensor& ids, const Tensor& log_probs, std::optional<Tensor> weights,
+                  Tensor kl, bool tail, double temperature, bool write_grad);
+void cross_entropy_rows(Tensor logits, const Tensor& labels, Tensor nll, int64_t ignore_index,
+                        bool write_grad);
+std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
+
+}  // namespace fastft

@@ -1,0 +1,148 @@
+"""linear_topk_kl: distillation from a teacher's k largest log-probabilities, a chunk of rows at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastft.ops import _extension
+from fastft.ops._common import (
+    REDUCTIONS,
+    HeadGradients,
+    accumulate_dtype,
+    check_choice,
+    check_chunk_rows,
+    check_hidden,
+    check_index_range,
+    check_like,
+    check_temperature,
+    check_weight,
+    chunk_size,
+    flat_weights,
+    reduce_rows,
+    register_linear_op,
+    shape_of,
+    wants_grad,
+)
+
+
+def linear_topk_kl(
+    student_hidden: Tensor,
+    weight: Tensor,
+    topk_ids: Tensor,
+    topk_log_probs: Tensor,
+    *,
+    tail: bool = True,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """KL(teacher || student) over k tokens and, with ``tail``, one bucket for all others. Equals::
+
+        logits = student_hidden @ weight.T
+        student = logits.gather(-1, topk_ids)
+        teacher = topk_log_probs
+        if tail:
+            rest = logits.scatter(-1, topk_ids, -inf).logsumexp(-1)
+            student = cat([student, rest]); teacher = cat([teacher, log(1 - teacher.exp().sum(-1))])
+        log_softmax_kl(student, teacher, temperature=temperature, weights=weights, reduction=reduction)
+
+    without ever holding [rows, V] beyond one chunk.
+
+    topk_log_probs are the teacher's log-probabilities at temperature 1 over the whole vocabulary, so at
+    temperature 1 with ``tail`` this is the KL of the two distributions with all other tokens lumped together, a
+    lower bound of the full KL, and without ``tail`` the KL of both renormalised over the k tokens. At another
+    temperature both (k + 1)-bucket distributions are tempered, the bucket as one event. That is a divergence
+    (0 exactly where the buckets agree), but with ``tail`` it is not the full-vocabulary KL at that temperature,
+    lumped: the tempered mass of the tail cannot be known from its mass. Log-probabilities whose mass exceeds 1
+    by rounding are renormalised; with k = V the bucket is empty.
+
+    student_hidden: [..., H]; weight: [V, H], same dtype (float64, float32, bfloat16, float16) and device.
+    topk_ids: [..., k] int32 or int64, distinct within a row. topk_log_probs: [..., k], any floating dtype; store
+    float32 where the tail matters, since it is 1 minus their sum. chunk_rows: None keeps a chunk's
+    logits within 56 MiB. weights, reduction, result: as in ``log_softmax_kl``.
+
+    Backward: with P, Q the tempered student and teacher buckets, a listed token's logit gets T (P_i - Q_i),
+    any other T (P_tail - Q_tail) exp(logit - rest). As in linear_log_softmax_kl, student_hidden's and weight's
+    gradients are computed in forward where asked for; the teacher gets none. Not twice differentiable.
+
+    Raises ValueError on a shape, dtype, device or option that does not fit, and on an id outside [0, V) (on
+    CUDA the row becomes NaN instead: looking would wait for the device).
+    """
+    op = "linear_topk_kl"
+    _extension.load()
+    check_hidden(op, "student_hidden", student_hidden)
+    check_weight(op, "weight", weight, "student_hidden", student_hidden)
+    check_like(op, "topk_ids", topk_ids, "student_hidden", student_hidden, dtype=False)
+    check_like(op, "topk_log_probs", topk_log_probs, "student_hidden", student_hidden, dtype=False)
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: topk_ids is {topk_ids.dtype}, expected int32 or int64")
+    if topk_ids.dim() < 1 or topk_ids.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"{op}: topk_ids is {shape_of(topk_ids)}, expected [..., k] with the rows of student_hidden, "
+            f"{shape_of(student_hidden)}"
+        )
+    k, vocab = topk_ids.shape[-1], weight.shape[0]
+    if not 1 <= k <= vocab:
+        raise ValueError(
+            f"{op}: topk_ids is {shape_of(topk_ids)}, expected 1 <= k <= {vocab}, weight's vocabulary"
+        )
+    if not topk_log_probs.is_floating_point():
+        raise ValueError(f"{op}: topk_log_probs is {topk_log_probs.dtype}, expected a floating dtype")
+    if topk_log_probs.shape != topk_ids.shape:
+        raise ValueError(
+            f"{op}: topk_log_probs is {shape_of(topk_log_probs)}, expected {shape_of(topk_ids)} like topk_ids"
+        )
+    check_temperature(op, temperature)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    rows = check_chunk_rows(op, chunk_rows)
+    flat = flat_weights(op, weights, "student_hidden", student_hidden)
+
+    loss = torch.ops.fastft.linear_topk_kl(
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        weight,
+        topk_ids.reshape(-1, k),
+        topk_log_probs.detach().reshape(-1, k),
+        flat,
+        bool(tail),
+        float(temperature),
+        reduction,
+        rows,
+        wants_grad(student_hidden),
+        wants_grad(weight),
+    )[0]
+    return loss.reshape(student_hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def _kernel(
+    student_hidden, weight, topk_ids, topk_log_probs, weights, tail, temperature,
+    reduction, chunk_rows, hidden_grad, weight_grad,
+):  # fmt: skip
+    rows, vocab = student_hidden.shape[0], weight.shape[0]
+    acc = accumulate_dtype(student_hidden.dtype)
+    check_index_range("linear_topk_kl", "topk_ids", topk_ids, vocab)
+    size = chunk_size(rows, vocab * weight.element_size(), chunk_rows)
+    logits = student_hidden.new_empty((min(size, rows), vocab))
+    kl = student_hidden.new_empty(rows, dtype=acc)
+    grads = HeadGradients(student_hidden, weight, weights, reduction, hidden_grad, weight_grad)
+    for begin in range(0, rows, size):
+        end = min(begin + size, rows)
+        chunk = logits[: end - begin]
+        torch.mm(student_hidden[begin:end], weight.t(), out=chunk)
+        torch.ops.fastft.topk_kl_rows(
+            chunk,
+            topk_ids[begin:end].to(torch.int64).contiguous(),
+            topk_log_probs[begin:end].to(acc).contiguous(),
+            None if weights is None else weights[begin:end],
+            kl[begin:end],
+            tail,
+            temperature,
+            grads.wanted,
+        )
+        grads.add(chunk, begin, end)
+    return *reduce_rows(kl, weights, reduction), *grads.results()
+
+
+def register() -> None:
+    register_linear_op("linear_topk_kl", _kernel)

@@ -1,0 +1,87 @@
+"""The ops' mathematics in plain PyTorch: the truth for tests, and the clearest statement of what each computes.
+
+Differentiable by autograd, any device, any floating dtype; float64 inputs give float64 arithmetic, everything
+else float32. Every function has the signature and the conventions of its op (0 log 0 = 0; a row of weight 0
+is left out; a mean over no weight at all is 0).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_j p_j (log p_j - log q_j) with 0 (...) = 0; both masked before the product, so gradients stay finite."""
+    zero = log_p.exp() == 0
+    difference = log_p.masked_fill(zero, 0) - log_q.masked_fill(zero, 0)
+    return (log_p.exp() * difference).sum(-1)
+
+
+def _reduce(values: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
+    weighted = torch.where(weights == 0, torch.zeros_like(values), values) * weights
+    if reduction == "none":
+        return weighted
+    total = weighted.sum()
+    if reduction == "mean":
+        mass = weights.sum()
+        total = total / mass if mass != 0 else total * 0
+    return total
+
+
+def log_softmax_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, direction: str = "forward",
+    beta: float = 0.5, weights: Tensor | None = None, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    dtype = _compute_dtype(student_logits)
+    log_s = torch.log_softmax(student_logits.to(dtype) / temperature, -1)
+    log_t = torch.log_softmax(teacher_logits.detach().to(dtype) / temperature, -1)
+    if direction == "forward":
+        kl = _kl(log_t, log_s)
+    elif direction == "reverse":
+        kl = _kl(log_s, log_t)
+    else:
+        log_m = (beta * log_t.exp() + (1 - beta) * log_s.exp()).log()
+        kl = beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+    return _reduce(kl * temperature**2, weights, reduction)
+
+
+def linear_log_softmax_kl(
+    student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, *, teacher_weight: Tensor | None = None,
+    chunk_rows: int | None = None, **options,
+) -> Tensor:  # fmt: skip
+    teacher_weight = weight.detach() if teacher_weight is None else teacher_weight
+    return log_softmax_kl(student_hidden @ weight.t(), teacher_hidden @ teacher_weight.t(), **options)
+
+
+def linear_topk_kl(
+    student_hidden: Tensor, weight: Tensor, topk_ids: Tensor, topk_log_probs: Tensor, *, tail: bool = True,
+    temperature: float = 1.0, weights: Tensor | None = None, reduction: str = "mean",
+    chunk_rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    ids = topk_ids.to(torch.int64)
+    dtype = _compute_dtype(student_hidden)
+    logits = (student_hidden @ weight.t()).to(dtype)
+    student, teacher = logits.gather(-1, ids), topk_log_probs.to(dtype)
+    if tail and ids.shape[-1] < weight.shape[0]:
+        rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        mass = teacher.double().exp().sum(-1, keepdim=True)
+        student = torch.cat([student, rest], -1)
+        teacher = torch.cat([teacher, (1 - mass).clamp_min(0).log().to(dtype)], -1)
+    return log_softmax_kl(student, teacher, temperature=temperature, weights=weights, reduction=reduction)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    chunk_rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    counted = labels != ignore_index
+    logits = (hidden @ weight.t()).to(_compute_dtype(hidden))
+    index = torch.where(counted, labels, 0).to(torch.int64)
+    nll = logits.logsumexp(-1) - logits.gather(-1, index[..., None])[..., 0]
+    return _reduce(nll, counted, reduction)
