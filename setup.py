@@ -36,9 +36,7 @@ class CMakeBuild(build_ext):
             # Unset goes back to the default, whatever an earlier configure has cached.
             options.append(f"-D{name}={os.environ[name]}" if name in os.environ else f"-U{name}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run(
-            [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True, env=env
-        )
+        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True, env=env)
         subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True, env=env)
         subprocess.run([cmake, "--install", str(build), "--prefix", str(package)], check=True, env=env)
 

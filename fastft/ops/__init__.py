@@ -4,11 +4,20 @@ Importing this package never fails for want of the compiled extension; the first
 RuntimeError that says how to build it.
 """
 
+from fastft.ops import _extension
+from fastft.ops import linear_cross_entropy as _linear_cross_entropy
+from fastft.ops import linear_log_softmax_kl as _linear_log_softmax_kl
+from fastft.ops import linear_topk_kl as _linear_topk_kl
+from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops._extension import available, build_info
-from fastft.ops.linear_cross_entropy import linear_cross_entropy
-from fastft.ops.linear_log_softmax_kl import linear_log_softmax_kl
-from fastft.ops.linear_topk_kl import linear_topk_kl
-from fastft.ops.log_softmax_kl import log_softmax_kl
+
+# Modules and functions share their names; the functions are what this package exports.
+_extension.import_extension([_log_softmax_kl, _linear_log_softmax_kl, _linear_topk_kl, _linear_cross_entropy])
+
+linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
+linear_log_softmax_kl = _linear_log_softmax_kl.linear_log_softmax_kl
+linear_topk_kl = _linear_topk_kl.linear_topk_kl
+log_softmax_kl = _log_softmax_kl.log_softmax_kl
 
 __all__ = [
     "available",

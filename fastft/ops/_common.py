@@ -29,9 +29,7 @@ def check_float(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
     if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"{op}: {name} is {x.dtype}, expected one of {', '.join(str(d) for d in FLOAT_DTYPES)}"
-        )
+        raise ValueError(f"{op}: {name} is {x.dtype}, expected one of {', '.join(str(d) for d in FLOAT_DTYPES)}")
 
 
 def check_like(op: str, name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
@@ -53,9 +51,7 @@ def check_hidden(op: str, name: str, hidden: Tensor) -> None:
 def check_weight(op: str, name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> None:
     check_like(op, name, weight, hidden_name, hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{op}: {name} is {shape_of(weight)}, expected [vocab, {hidden.shape[-1]}] like {hidden_name}"
-        )
+        raise ValueError(f"{op}: {name} is {shape_of(weight)}, expected [vocab, {hidden.shape[-1]}] like {hidden_name}")
     if weight.shape[0] == 0:
         raise ValueError(f"{op}: {name} is {shape_of(weight)}, expected a vocabulary of at least 1")
 
@@ -120,7 +116,7 @@ def wants_grad(x: Tensor) -> bool:
 
 
 def chunk_size(rows: int, row_bytes: int, chunk_rows: int) -> int:
-    """Rows per chunk: as asked for, or as many as CHUNK_BYTES hold, cut evenly so that no chunk is a sliver."""
+    """Rows per chunk: as asked for, or as many as CHUNK_BYTES hold; cut evenly, so no chunk is a sliver."""
     if chunk_rows == 0:
         chunk_rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
     chunks = max(1, -(-rows // chunk_rows))
@@ -152,9 +148,7 @@ class HeadGradients:
         self.weight_sum = self.row_scale = None
         if for_weight and reduction != "none":
             # Sums over chunks are kept in float32: 16-bit additions would round once a chunk.
-            self.weight_sum = torch.zeros(
-                weight.shape, dtype=accumulate_dtype(weight.dtype), device=weight.device
-            )
+            self.weight_sum = torch.zeros(weight.shape, dtype=accumulate_dtype(weight.dtype), device=weight.device)
             zeros = torch.zeros(hidden.shape[0], dtype=self.weight_sum.dtype, device=hidden.device)
             self.row_scale = reduce_rows(zeros, weights, reduction)[1]
 
@@ -172,9 +166,7 @@ class HeadGradients:
 
     def results(self) -> tuple[Tensor, Tensor]:
         hidden_grad = self.hidden.new_empty(0) if self.hidden_grad is None else self.hidden_grad
-        weight_grad = (
-            self.weight.new_empty(0) if self.weight_sum is None else self.weight_sum.to(self.weight.dtype)
-        )
+        weight_grad = self.weight.new_empty(0) if self.weight_sum is None else self.weight_sum.to(self.weight.dtype)
         return hidden_grad, weight_grad
 
 
@@ -190,10 +182,12 @@ def fake_outputs(hidden: Tensor, weight: Tensor, reduction: str, hidden_grad: bo
     )
 
 
-def once_differentiable(op: str, grads) -> None:
-    """Raises where a gradient arrives at an output that only carries first-order gradients."""
-    if any(g is not None for g in grads):
-        raise RuntimeError(f"{op} is not twice differentiable: its gradient was computed in forward")
+def refuse_create_graph(op: str) -> None:
+    """Called in a backward whose result carries no graph: grad mode is on there under create_graph only."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} is not twice differentiable (its gradient is computed in forward): no create_graph=True"
+        )
 
 
 def register_linear_op(name: str, kernel) -> None:
@@ -222,6 +216,7 @@ def register_linear_op(name: str, kernel) -> None:
         # own gradient is asked for without a reduction.
         ctx.set_materialize_grads(False)
         _loss, row_scale, hidden_grad, weight_grad = output
+        ctx.mark_non_differentiable(row_scale, hidden_grad, weight_grad)
         *_, ctx.hidden_grad, ctx.weight_grad = inputs
         ctx.recompute = ctx.weight_grad and inputs[reduction_at] == "none"
         tensors = [x for x in inputs if isinstance(x, Tensor)] if ctx.recompute else []
@@ -230,7 +225,7 @@ def register_linear_op(name: str, kernel) -> None:
         ctx.save_for_backward(row_scale, hidden_grad, weight_grad, *tensors)
 
     def backward(ctx, grad_loss, *grads):
-        once_differentiable(name, grads)
+        refuse_create_graph(name)
         row_scale, hidden_grad, weight_grad, *tensors = ctx.saved_tensors
         results = [None] * len(arguments)
         row_grad = grad_loss * row_scale

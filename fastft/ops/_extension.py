@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import warnings
 
 _REBUILD = (
-    "build it with `pip install .` or, in a source tree, `python setup.py build_ext --inplace` (cmake, ninja and "
-    "pybind11 must be installed)"
+    "build it with `pip install .` or, in a source tree, `python setup.py build_ext --inplace` "
+    "(cmake, ninja and pybind11 must be installed)"
 )
 
+# Set once, by import_extension(): the module, or why there is none.
+_module = None
+_error = "fastft's extension was not loaded: import fastft.ops"
 
-@functools.cache
-def load():
-    """The module ``fastft._build``; importing it registers the C++ ops, and what they have in Python follows.
 
-    Raises RuntimeError where the extension is missing or does not fit the installed torch.
+def import_extension(op_modules) -> None:
+    """Loads the extension and lets each op's module complete its ops with fakes and gradients.
+
+    Called when ``fastft.ops`` is imported, not at an op's first call, which torch.compile may be tracing.
+    A missing or unfit extension is remembered for ``load`` to report.
     """
+    global _module, _error
     try:
         # torch first: the extension's libraries are torch's, and are found because they are already loaded.
         importlib.import_module("torch")
@@ -25,23 +28,26 @@ def load():
     except ModuleNotFoundError as error:
         if error.name != "fastft._build":
             raise
-        raise RuntimeError(f"fastft's extension is not built: {_REBUILD}") from error
+        _error = f"fastft's extension is not built: {_REBUILD}"
+        return
     except ImportError as error:
-        raise RuntimeError(f"fastft's extension does not load ({error}): {_REBUILD}") from error
-    for name in ("log_softmax_kl", "linear_log_softmax_kl", "linear_topk_kl", "linear_cross_entropy"):
-        importlib.import_module(f"fastft.ops.{name}").register()
-    return module
+        _error = f"fastft's extension does not load ({error}): {_REBUILD}"
+        return
+    for op_module in op_modules:
+        op_module.register()
+    _module, _error = module, ""
+
+
+def load():
+    """The module ``fastft._build``. Raises RuntimeError where it is missing or does not fit this torch."""
+    if _module is None:
+        raise RuntimeError(_error)
+    return _module
 
 
 def available() -> bool:
-    """Whether the extension loads. A broken one (as opposed to a missing one) is reported as a warning."""
-    try:
-        load()
-    except RuntimeError as error:
-        if "does not load" in str(error):
-            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    """Whether the extension is there; ``build_info()["reason"]`` says why not."""
+    return _module is not None
 
 
 def build_info() -> dict:

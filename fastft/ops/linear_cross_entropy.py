@@ -41,13 +41,13 @@ def linear_cross_entropy(
     ignored, or no rows) is 0 with a zero gradient, not NaN: a rank whose part of a batch has no answer tokens
     must not spoil the others.
 
-    hidden: [..., H]; weight: [V, H], same dtype (float64, float32, bfloat16, float16) and device; labels: [...]
-    int32 or int64 in [0, V), or ignore_index. chunk_rows: None keeps a chunk's logits within 56 MiB.
+    hidden: [..., H]; weight: [V, H], same dtype (float64, float32, bfloat16, float16) and device; labels:
+    [...] int32 or int64 in [0, V), or ignore_index. chunk_rows: None keeps a chunk's logits within 56 MiB.
     reduction: "mean" over the labels that are not ignored, "sum", or "none", [...] with 0 at ignored labels.
     Returns float32, or float64 for float64 inputs.
 
-    Backward: with G = softmax(logits) - onehot(labels), hidden gets G @ weight, weight gets G.T @ hidden. As in
-    linear_log_softmax_kl both are computed in forward where asked for. Not twice differentiable.
+    Backward: with G = softmax(logits) - onehot(labels), hidden gets G @ weight, weight gets G.T @ hidden. As
+    in linear_log_softmax_kl both are computed in forward where asked for. Not twice differentiable.
 
     Raises ValueError on a shape, dtype, device or option that does not fit, and on a label outside [0, V) (on
     CUDA the row becomes NaN instead: looking would wait for the device).
@@ -98,9 +98,7 @@ def _kernel(
         end = min(begin + size, rows)
         chunk = logits[: end - begin]
         torch.mm(hidden[begin:end], weight.t(), out=chunk)
-        torch.ops.fastft.cross_entropy_rows(
-            chunk, labels[begin:end], nll[begin:end], ignore_index, grads.wanted
-        )
+        torch.ops.fastft.cross_entropy_rows(chunk, labels[begin:end], nll[begin:end], ignore_index, grads.wanted)
         grads.add(chunk, begin, end)
     return *reduce_rows(nll, row_weights, reduction), *grads.results()
 

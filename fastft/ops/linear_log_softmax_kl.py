@@ -43,17 +43,18 @@ def linear_log_softmax_kl(
 
         log_softmax_kl(student_hidden @ weight.T, teacher_hidden @ (teacher_weight or weight).T, ...)
 
-    without ever holding [rows, V] beyond one chunk. With one head for both, a chunk's student and teacher rows
-    go through it in one matrix product, so the head is read once. Logits are kept in the inputs' dtype, as
-    ``nn.Linear`` would return them; everything after them is float32 (float64 for float64).
+    without ever holding [rows, V] beyond one chunk. With one head for both, a chunk's student and teacher
+    rows go through it in one matrix product, so the head is read once. Logits are kept in the inputs' dtype,
+    as ``nn.Linear`` would return them; everything after them is float32 (float64 for float64).
 
     student_hidden: [..., H]; teacher_hidden: [..., H_t], same rows, H_t = H without teacher_weight;
-    weight: [V, H]; teacher_weight: [V, H_t] or None; one dtype (float64, float32, bfloat16, float16) and device.
+    weight: [V, H]; teacher_weight: [V, H_t] or None; all of one dtype (float64, float32, bfloat16,
+    float16) and device.
     chunk_rows: rows at a time; None keeps a chunk's logits within 56 MiB. The other arguments, the result
     and the errors are those of ``log_softmax_kl``.
 
     Backward: with G the gradient of log_softmax_kl with respect to the student's logits, student_hidden gets
-    G @ weight and weight gets G.T @ student_hidden (as the student's head alone: teacher logits are constants).
+    G @ weight and weight gets G.T @ student_hidden (as the student's head: teacher logits are constants).
     Both are computed in forward, and only where asked for, since G overwrites the chunk's logits; backward
     multiplies. So weight is not saved for backward (except for its own gradient with reduction="none",
     where the chunks are recomputed). The teacher's inputs get no gradient. Not twice differentiable.
@@ -82,6 +83,8 @@ def linear_log_softmax_kl(
             f"{op}: teacher_hidden is {shape_of(teacher_hidden)}, expected "
             f"{shape_of(student_hidden)} like student_hidden, or a teacher_weight of its own"
         )
+    if teacher_weight is weight:
+        teacher_weight = None
     check_temperature(op, temperature)
     check_direction(op, direction, beta)
     check_choice(op, "reduction", reduction, REDUCTIONS)

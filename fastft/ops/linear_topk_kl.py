@@ -51,21 +51,22 @@ def linear_topk_kl(
     without ever holding [rows, V] beyond one chunk.
 
     topk_log_probs are the teacher's log-probabilities at temperature 1 over the whole vocabulary, so at
-    temperature 1 with ``tail`` this is the KL of the two distributions with all other tokens lumped together, a
-    lower bound of the full KL, and without ``tail`` the KL of both renormalised over the k tokens. At another
-    temperature both (k + 1)-bucket distributions are tempered, the bucket as one event. That is a divergence
-    (0 exactly where the buckets agree), but with ``tail`` it is not the full-vocabulary KL at that temperature,
-    lumped: the tempered mass of the tail cannot be known from its mass. Log-probabilities whose mass exceeds 1
-    by rounding are renormalised; with k = V the bucket is empty.
+    temperature 1 with ``tail`` this is the KL of the two distributions with all other tokens lumped together,
+    a lower bound of the full KL, and without ``tail`` the KL of both renormalised over the k tokens. At
+    another temperature both (k + 1)-bucket distributions are tempered, the bucket as one event. That is a
+    divergence (0 exactly where the buckets agree), but with ``tail`` it is not the full-vocabulary KL at that
+    temperature, lumped: the tempered mass of the tail cannot be known from its mass. Log-probabilities whose
+    mass exceeds 1 by rounding are renormalised; with k = V the bucket is empty.
 
     student_hidden: [..., H]; weight: [V, H], same dtype (float64, float32, bfloat16, float16) and device.
-    topk_ids: [..., k] int32 or int64, distinct within a row. topk_log_probs: [..., k], any floating dtype; store
-    float32 where the tail matters, since it is 1 minus their sum. chunk_rows: None keeps a chunk's
+    topk_ids: [..., k] int32 or int64, distinct within a row. topk_log_probs: [..., k], any floating dtype;
+    store float32 where the tail matters, since it is 1 minus their sum. chunk_rows: None keeps a chunk's
     logits within 56 MiB. weights, reduction, result: as in ``log_softmax_kl``.
 
     Backward: with P, Q the tempered student and teacher buckets, a listed token's logit gets T (P_i - Q_i),
-    any other T (P_tail - Q_tail) exp(logit - rest). As in linear_log_softmax_kl, student_hidden's and weight's
-    gradients are computed in forward where asked for; the teacher gets none. Not twice differentiable.
+    any other T (P_tail - Q_tail) exp(logit - rest). As in linear_log_softmax_kl, the gradients of
+    student_hidden and weight are computed in forward where asked for; the teacher gets none. Not twice
+    differentiable.
 
     Raises ValueError on a shape, dtype, device or option that does not fit, and on an id outside [0, V) (on
     CUDA the row becomes NaN instead: looking would wait for the device).
@@ -85,9 +86,7 @@ def linear_topk_kl(
         )
     k, vocab = topk_ids.shape[-1], weight.shape[0]
     if not 1 <= k <= vocab:
-        raise ValueError(
-            f"{op}: topk_ids is {shape_of(topk_ids)}, expected 1 <= k <= {vocab}, weight's vocabulary"
-        )
+        raise ValueError(f"{op}: topk_ids is {shape_of(topk_ids)}, expected 1 <= k <= {vocab}, weight's vocabulary")
     if not topk_log_probs.is_floating_point():
         raise ValueError(f"{op}: topk_log_probs is {topk_log_probs.dtype}, expected a floating dtype")
     if topk_log_probs.shape != topk_ids.shape:

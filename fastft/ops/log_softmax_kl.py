@@ -15,7 +15,6 @@ from fastft.ops._common import (
     check_like,
     check_temperature,
     flat_weights,
-    once_differentiable,
     shape_of,
 )
 
@@ -51,7 +50,8 @@ def log_softmax_kl(
     P_s (log P_s - log P_t - KL); jsd (1 - beta) P_s (log(P_s / M) - KL(P_s || M)). The teacher gets none.
     Saves both logits and five numbers a row; not twice differentiable.
 
-    Raises ValueError on a shape, dtype, device or option that does not fit, RuntimeError without the extension.
+    Raises ValueError on a shape, dtype, device or option that does not fit, RuntimeError without the
+    extension.
     Hinton et al. 2015, https://arxiv.org/abs/1503.02531; jsd: Agarwal et al. 2024 (GKD),
     https://arxiv.org/abs/2306.13649.
     """
@@ -98,11 +98,11 @@ def _fake(student_logits, teacher_logits, weights, temperature, direction, beta)
 def _setup_context(ctx, inputs, output):
     student_logits, teacher_logits, _weights, ctx.temperature, ctx.direction, ctx.beta = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(student_logits, teacher_logits, output[1])
 
 
-def _backward(ctx, grad_kl, grad_stats):
-    once_differentiable("log_softmax_kl", (grad_stats,))
+def _backward(ctx, grad_kl, _grad_stats):
     student_logits, teacher_logits, stats = ctx.saved_tensors
     grad = torch.ops.fastft.log_softmax_kl_backward(
         grad_kl.contiguous(), student_logits, teacher_logits, stats, ctx.temperature, ctx.direction, ctx.beta
@@ -128,12 +128,13 @@ def _row_reduce_fake(values, weights, mean):
 
 def _row_reduce_setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
-def _row_reduce_backward(ctx, grad_out, grad_row_scale):
+def _row_reduce_backward(ctx, grad_out, _grad_row_scale):
     (row_scale,) = ctx.saved_tensors
-    return None if grad_out is None else grad_out * row_scale, None, None
+    return grad_out * row_scale, None, None
 
 
 def register() -> None:
@@ -146,8 +147,6 @@ def register() -> None:
         "fastft::log_softmax_kl_backward", _backward_backward, setup_context=_backward_setup_context
     )
     library.register_fake("fastft::row_reduce")(_row_reduce_fake)
-    library.register_autograd(
-        "fastft::row_reduce", _row_reduce_backward, setup_context=_row_reduce_setup_context
-    )
+    library.register_autograd("fastft::row_reduce", _row_reduce_backward, setup_context=_row_reduce_setup_context)
     for rows_op in ("log_softmax_kl_rows", "topk_kl_rows", "cross_entropy_rows"):
         library.register_fake(f"fastft::{rows_op}")(lambda *args: None)

@@ -1,4 +1,4 @@
-"""The ops' mathematics in plain PyTorch: the truth for tests, and the clearest statement of what each computes.
+"""The ops' mathematics in plain PyTorch: the truth for tests, and the clearest statement of what each is.
 
 Differentiable by autograd, any device, any floating dtype; float64 inputs give float64 arithmetic, everything
 else float32. Every function has the signature and the conventions of its op (0 log 0 = 0; a row of weight 0
@@ -16,7 +16,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_j p_j (log p_j - log q_j) with 0 (...) = 0; both masked before the product, so gradients stay finite."""
+    """sum_j p_j (log p_j - log q_j), 0 (...) = 0; masked before the product, so gradients stay finite."""
     zero = log_p.exp() == 0
     difference = log_p.masked_fill(zero, 0) - log_q.masked_fill(zero, 0)
     return (log_p.exp() * difference).sum(-1)

@@ -1,0 +1,69 @@
+// Devices and launch configurations, for fastft._build.
+#include <cstring>
+
+#include "common.cuh"
+#include "fastft/build_info.h"
+#include "fastft/cuda_device.h"
+
+namespace fastft {
+
+int exchange_cuda_device(int device) {
+    int previous = 0;
+    cudaError_t error = cudaGetDevice(&previous);
+    if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+    if (error != cudaSuccess) {
+        throw std::runtime_error("fastft: cannot use CUDA device " + std::to_string(device) + ": " +
+                                 cudaGetErrorString(error));
+    }
+    return previous;
+}
+
+int device_count() {
+    int n = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess) {
+        cudaGetLastError();  // no driver is an answer, not an error for the next launch to find
+        return 0;
+    }
+    return n;
+}
+
+bool device_limits(int device, DeviceLimits* out) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    static_assert(sizeof(out->name) == sizeof(properties.name), "names have one length");
+    memcpy(out->name, properties.name, sizeof(out->name));
+    out->major = properties.major;
+    out->minor = properties.minor;
+    out->multiprocessors = properties.multiProcessorCount;
+    out->max_threads_per_block = properties.maxThreadsPerBlock;
+    out->shared_bytes_per_block = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
+    out->l2_bytes = properties.l2CacheSize;
+    out->global_bytes = static_cast<int64_t>(properties.totalGlobalMem);
+    return true;
+}
+
+int launch_configurations(LaunchConfiguration* out, int capacity) {
+    const KernelEntry kernels[] = {log_softmax_kl_entry(), log_softmax_kl_backward_entry(), topk_kl_entry(),
+                                   cross_entropy_entry(), row_reduce_entry()};
+    const bool device = device_count() > 0;
+    int n = 0;
+    for (const KernelEntry& kernel : kernels) {
+        if (n == capacity) break;
+        LaunchConfiguration configuration{kernel.name, kernel.threads, 0, 0, 0};
+        cudaFuncAttributes attributes;
+        if (device && cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess) {
+            configuration.registers = attributes.numRegs;
+            configuration.shared_bytes = static_cast<int>(attributes.sharedSizeBytes);
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&configuration.blocks_per_sm, kernel.function,
+                                                          kernel.threads, 0);
+        }
+        cudaGetLastError();
+        out[n++] = configuration;
+    }
+    return n;
+}
+
+}  // namespace fastft
