@@ -22,7 +22,9 @@ void jsd_pass(const T* student, const T* teacher, int64_t vocab, double c, doubl
     const V vc = Traits::splat(S(c)), vbeta = Traits::splat(S(beta));
     const V max_s = Traits::splat(S(row->student.max)), sum_s = Traits::splat(S(row->student.log2_sum));
     const V max_t = Traits::splat(S(row->teacher.max)), sum_t = Traits::splat(S(row->teacher.log2_sum));
-    V total_s = Traits::splat(0), total_t = Traits::splat(0);
+    RunningSum<V> total_s, total_t;
+    total_s.init();
+    total_t.init();
     for_blocks(student, teacher, vocab, [&](const V(&s)[kBlock], const V(&t)[kBlock]) {
         V block_s = Traits::splat(0), block_t = Traits::splat(0);
         for (int k = 0; k < kBlock; ++k) {
@@ -31,11 +33,11 @@ void jsd_pass(const T* student, const T* teacher, int64_t vocab, double c, doubl
             block_s = block_s + terms.s;
             block_t = block_t + terms.t;
         }
-        total_s = total_s + block_s;
-        total_t = total_t + block_t;
+        total_s.add(block_s);
+        total_t.add(block_t);
     });
-    row->grad_divergence = fold_sum(total_s);
-    row->divergence = beta * fold_sum(total_t) + (1 - beta) * row->grad_divergence;
+    row->grad_divergence = fold(total_s);
+    row->divergence = beta * fold(total_t) + (1 - beta) * row->grad_divergence;
 }
 
 template <class T>

@@ -11,7 +11,9 @@ void reduce(const RowReduceArgs& args) {
     const Acc* values = static_cast<const Acc*>(args.values);
     const Acc* weights = static_cast<const Acc*>(args.weights);
     Acc* row_scale = static_cast<Acc*>(args.row_scale);
-    CompensatedSum<double> total, mass;
+    RunningSum<double> total, mass;
+    total.init();
+    mass.init();
     for (int64_t r = 0; r < args.rows; ++r) {
         const double w = weights ? double(weights[r]) : 1.0;
         // A row of weight 0 counts for nothing, even where its value is inf or NaN.
@@ -19,8 +21,8 @@ void reduce(const RowReduceArgs& args) {
         mass.add(w);
     }
     double scale = 1;
-    if (args.mean) scale = mass.value() != 0 ? 1 / mass.value() : 0;
-    *static_cast<Acc*>(args.out) = scale != 0 ? Acc(total.value() * scale) : Acc(0);
+    if (args.mean) scale = mass.sum != 0 ? 1 / mass.sum : 0;
+    *static_cast<Acc*>(args.out) = scale != 0 ? Acc(total.sum * scale) : Acc(0);
     for (int64_t r = 0; r < args.rows; ++r) row_scale[r] = Acc((weights ? double(weights[r]) : 1.0) * scale);
 }
 

@@ -10,9 +10,10 @@ namespace {
 // log of the mass that k log-probabilities leave; -inf where rounding makes them sum to 1 or more.
 template <class S>
 double log_tail_mass(const S* log_probs, int64_t k) {
-    CompensatedSum<double> mass;
+    RunningSum<double> mass;
+    mass.init();
     for (int64_t i = 0; i < k; ++i) mass.add(exp2_(double(log_probs[i]) * kLog2E));
-    const double left = 1 - mass.value();
+    const double left = 1 - mass.sum;
     return left > 0 ? log_(left) : -__builtin_inf();
 }
 

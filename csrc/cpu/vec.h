@@ -121,7 +121,9 @@ inline VecF log_(VecF x) {
     __m512 r = _mm512_fmadd_ps(_mm512_mul_ps(p, f), f2, _mm512_mul_ps(f2, _mm512_set1_ps(-0.5f)));
     r = _mm512_fmadd_ps(e, _mm512_set1_ps(-2.12194440e-4f), r);
     r = _mm512_add_ps(r, f);
-    return {_mm512_fmadd_ps(e, _mm512_set1_ps(0.693359375f), r)};
+    r = _mm512_fmadd_ps(e, _mm512_set1_ps(0.693359375f), r);
+    // The exponent of inf is inf, and its two parts of e ln2 cancel to NaN.
+    return {_mm512_mask_mov_ps(r, _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(__FLT_MAX__), _CMP_NLE_UQ), x.v)};
 }
 
 inline VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -392,9 +394,19 @@ inline double lane(const V& v, int i) {
 }
 
 template <class V>
+inline RunningSum<double> lane(const RunningSum<V>& s, int i) {
+    return {lane(s.sum, i), lane(s.carry, i)};
+}
+
+template <class V>
+inline SoftmaxState<double> lane(const SoftmaxState<V>& s, int i) {
+    return {lane(s.max, i), lane(s.sum, i)};
+}
+
+template <class V>
 inline SoftmaxState<double> fold(const SoftmaxState<V>& state, double c) {
-    SoftmaxState<double> total{lane(state.max, 0), lane(state.sum, 0)};
-    for (int i = 1; i < width<V>(); ++i) merge(total, {lane(state.max, i), lane(state.sum, i)}, c);
+    SoftmaxState<double> total = lane(state, 0);
+    for (int i = 1; i < width<V>(); ++i) merge(total, lane(state, i), c);
     return total;
 }
 
@@ -402,9 +414,7 @@ template <class V>
 inline KlState<double> fold(const KlState<V>& state, double c) {
     KlState<double> total;
     for (int i = 0; i < width<V>(); ++i) {
-        const KlState<double> one{{lane(state.p.max, i), lane(state.p.sum, i)},
-                                  {lane(state.q.max, i), lane(state.q.sum, i)},
-                                  lane(state.dot, i)};
+        const KlState<double> one{lane(state.p, i), lane(state.q, i), lane(state.dot, i)};
         if (i == 0) {
             total = one;
         } else {
@@ -415,9 +425,9 @@ inline KlState<double> fold(const KlState<V>& state, double c) {
 }
 
 template <class V>
-inline double fold_sum(const V& v) {
-    double total = lane(v, 0);
-    for (int i = 1; i < width<V>(); ++i) total += lane(v, i);
+inline double fold(const RunningSum<V>& s) {
+    double total = 0;
+    for (int i = 0; i < width<V>(); ++i) total += lane(s.sum, i) - lane(s.carry, i);
     return total;
 }
 

@@ -226,6 +226,8 @@ def register_linear_op(name: str, kernel) -> None:
 
     def backward(ctx, grad_loss, *grads):
         refuse_create_graph(name)
+        if grad_loss is None:
+            return (None,) * len(arguments)
         row_scale, hidden_grad, weight_grad, *tensors = ctx.saved_tensors
         results = [None] * len(arguments)
         row_grad = grad_loss * row_scale

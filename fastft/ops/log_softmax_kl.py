@@ -103,6 +103,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_kl, _grad_stats):
+    if grad_kl is None:
+        return (None,) * 6
     student_logits, teacher_logits, stats = ctx.saved_tensors
     grad = torch.ops.fastft.log_softmax_kl_backward(
         grad_kl.contiguous(), student_logits, teacher_logits, stats, ctx.temperature, ctx.direction, ctx.beta
@@ -134,7 +136,7 @@ def _row_reduce_setup_context(ctx, inputs, output):
 
 def _row_reduce_backward(ctx, grad_out, _grad_row_scale):
     (row_scale,) = ctx.saved_tensors
-    return grad_out * row_scale, None, None
+    return None if grad_out is None else grad_out * row_scale, None, None
 
 
 def register() -> None:

@@ -46,7 +46,8 @@ def log_softmax_kl(
     elif direction == "reverse":
         kl = _kl(log_s, log_t)
     else:
-        log_m = (beta * log_t.exp() + (1 - beta) * log_s.exp()).log()
+        mixture = beta * log_t.exp() + (1 - beta) * log_s.exp()
+        log_m = mixture.masked_fill(mixture == 0, 1).log()
         kl = beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
     return _reduce(kl * temperature**2, weights, reduction)
 

@@ -62,16 +62,40 @@ FASTFT_HD double lowest<double>() {
     return -DBL_MAX;
 }
 
+// Sum with Kahan's compensation: its error does not grow with the number of terms. It matters where the
+// student is close to its teacher: an error of the two softmax sums is an error of the KL, however small the
+// KL is.
+template <class V>
+struct RunningSum {
+    V sum, carry;
+
+    FASTFT_HD void init() { sum = carry = ValueTraits<V>::splat(0); }
+    FASTFT_HD void add(V x) {
+        const V y = x - carry;
+        const V t = sum + y;
+        const V lost = (t - sum) - y;
+        carry = select_(lost >= lost, lost, ValueTraits<V>::splat(0));  // inf - inf must not become NaN
+        sum = t;
+    }
+    FASTFT_HD void scale(V s) {
+        // An infinite sum whose weight has become 0 must go: inf * 0 is NaN.
+        const V zero = ValueTraits<V>::splat(0);
+        sum = select_(zero >= s, zero, sum * s);
+        carry = carry * s;
+    }
+};
+
 // ---------------------------------------------------------------------------------------------------------
 // Online softmax: max and sum of exp2((x - max) * c).
 
 template <class V>
 struct SoftmaxState {
-    V max, sum;
+    V max;
+    RunningSum<V> sum;
 
     FASTFT_HD void init() {
         max = ValueTraits<V>::splat(lowest<ScalarOf<V>>());
-        sum = ValueTraits<V>::splat(0);
+        sum.init();
     }
 
     // Takes K values at once so that the rescaling costs one exp2 per K elements.
@@ -81,8 +105,8 @@ struct SoftmaxState {
         for (int k = 0; k < K; ++k) m = max_(m, x[k]);
         V block = exp2_((x[0] - m) * c);
         for (int k = 1; k < K; ++k) block = block + exp2_((x[k] - m) * c);
-        if (any_(m > max)) sum = sum * exp2_((max - m) * c);
-        sum = sum + block;
+        if (any_(m > max)) sum.scale(exp2_((max - m) * c));
+        sum.add(block);
         max = m;
     }
 };
@@ -90,7 +114,9 @@ struct SoftmaxState {
 template <class S>
 FASTFT_HD void merge(SoftmaxState<S>& a, const SoftmaxState<S>& b, S c) {
     const S m = max_(a.max, b.max);
-    a.sum = a.sum * exp2_((a.max - m) * c) + b.sum * exp2_((b.max - m) * c);
+    const S scale_b = exp2_((b.max - m) * c);
+    a.sum.scale(exp2_((a.max - m) * c));
+    a.sum.add((b.sum.sum - b.sum.carry) * scale_b);
     a.max = m;
 }
 
@@ -102,12 +128,12 @@ FASTFT_HD void merge(SoftmaxState<S>& a, const SoftmaxState<S>& b, S c) {
 template <class V>
 struct KlState {
     SoftmaxState<V> p, q;
-    V dot;
+    RunningSum<V> dot;
 
     FASTFT_HD void init() {
         p.init();
         q.init();
-        dot = ValueTraits<V>::splat(0);
+        dot.init();
     }
 
     template <int K>
@@ -125,12 +151,11 @@ struct KlState {
         }
         if (any_(m > p.max)) {
             const V scale = exp2_((p.max - m) * c);
-            p.sum = p.sum * scale;
-            // An infinite term whose weight has become 0 must go: inf * 0 is NaN.
-            dot = select_(zero >= scale, zero, dot * scale);
+            p.sum.scale(scale);
+            dot.scale(scale);
         }
-        p.sum = p.sum + block_sum;
-        dot = dot + block_dot;
+        p.sum.add(block_sum);
+        dot.add(block_dot);
         p.max = m;
     }
 };
@@ -139,8 +164,10 @@ template <class S>
 FASTFT_HD void merge(KlState<S>& a, const KlState<S>& b, S c) {
     const S m = max_(a.p.max, b.p.max);
     const S scale_a = exp2_((a.p.max - m) * c), scale_b = exp2_((b.p.max - m) * c);
-    a.dot = (scale_a > S(0) ? a.dot * scale_a : S(0)) + (scale_b > S(0) ? b.dot * scale_b : S(0));
-    a.p.sum = a.p.sum * scale_a + b.p.sum * scale_b;
+    a.dot.scale(scale_a);
+    if (scale_b > S(0)) a.dot.add((b.dot.sum - b.dot.carry) * scale_b);
+    a.p.sum.scale(scale_a);
+    a.p.sum.add((b.p.sum.sum - b.p.sum.carry) * scale_b);
     a.p.max = m;
     merge(a.q, b.q, c);
 }
@@ -154,7 +181,7 @@ struct RowStats {
 
 template <class S>
 FASTFT_HD RowStats<S> stats(const SoftmaxState<S>& a) {
-    return {a.max, log2_(a.sum)};
+    return {a.max, log2_(a.sum.sum)};
 }
 
 // log-sum-exp of x / T in nats.
@@ -166,8 +193,8 @@ FASTFT_HD S lse(const RowStats<S>& a, S c) {
 template <class S>
 FASTFT_HD S kl_value(const KlState<S>& a, S c) {
     // The difference of the two log-sum-exps, large parts first.
-    const S lse_difference = ((a.p.max - a.q.max) * c + (log2_(a.p.sum) - log2_(a.q.sum))) * S(kLn2);
-    return a.dot / a.p.sum * c * S(kLn2) - lse_difference;
+    const S lse_difference = ((a.p.max - a.q.max) * c + (log2_(a.p.sum.sum) - log2_(a.q.sum.sum))) * S(kLn2);
+    return a.dot.sum / a.p.sum.sum * c * S(kLn2) - lse_difference;
 }
 
 // log2 of the softmax probability of x.
@@ -225,21 +252,6 @@ FASTFT_HD V jsd_grad(V log2_ps, V log2_pt, V kl_student, V beta, V scale) {
     const V ps = exp2_(log2_ps), pt = exp2_(log2_pt);
     return select_(zero >= ps, zero, scale * ps * (log_student_over_mixture(ps, pt, beta) - kl_student));
 }
-
-// ---------------------------------------------------------------------------------------------------------
-// Sum in two parts whose total error does not grow with the number of terms (Neumaier).
-template <class S>
-struct CompensatedSum {
-    S sum = 0, carry = 0;
-    FASTFT_HD void add(S x) {
-        const S t = sum + x;
-        // Infinities would leave NaN in the carry.
-        if (fabs(t) <= (sizeof(S) == 4 ? S(FLT_MAX) : S(DBL_MAX)))
-            carry += fabs(sum) >= fabs(x) ? (sum - t) + x : (x - t) + sum;
-        sum = t;
-    }
-    FASTFT_HD S value() const { return sum + carry; }
-};
 
 }  // namespace FASTFT_TARGET
 }  // namespace fastft

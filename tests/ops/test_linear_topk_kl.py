@@ -1,0 +1,230 @@
+"""linear_topk_kl: the five tests of every op, then what is particular to it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_checks import DTYPES, compare, name, run, supported
+
+from fastft.ops import linear_log_softmax_kl, linear_topk_kl, reference
+
+
+def inputs(rows, hidden, vocab, k, dtype, device="cpu"):
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape) * scale).to(dtype).to(device)
+
+    student, weight = randn(rows, hidden), randn(vocab, hidden, scale=0.3)
+    teacher = torch.log_softmax(torch.randn(rows, vocab, dtype=torch.float64) * 2, -1)
+    log_probs, ids = teacher.topk(k, -1)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "student_hidden": student,
+        "weight": weight,
+        "topk_ids": ids.to(device),
+        "topk_log_probs": log_probs.to(accumulate).to(device),
+    }
+
+
+def check(tensors, dtype, grad_of=("student_hidden", "weight"), **options):
+    compare(linear_topk_kl, reference.linear_topk_kl, tensors, grad_of, dtype, terms=1.0, **options)
+
+
+# 1. Against float64 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_against_float64(device, dtype, tail, reduction):
+    if not supported(device, dtype):
+        pytest.skip(f"{name(dtype)} is a CPU dtype")
+    weights = torch.rand(19, device=device)
+    weights[5] = 0
+    for options in ({}, {"temperature": 2.5, "weights": weights, "chunk_rows": 7}):
+        check(inputs(19, 32, 251, 10, dtype, device), dtype, tail=tail, reduction=reduction, **options)
+
+
+def test_every_capability(capability):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for tail in (True, False):
+            check(inputs(9, 32, 251, 10, dtype), dtype, tail=tail, chunk_rows=4)
+
+
+# 2. gradcheck -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(tail, reduction):
+    t = inputs(3, 4, 9, 3, torch.float64)
+    weights = torch.tensor([0.5, 0.0, 2.0])
+    torch.autograd.gradcheck(
+        lambda h, w: linear_topk_kl(
+            h,
+            w,
+            t["topk_ids"],
+            t["topk_log_probs"],
+            tail=tail,
+            temperature=1.7,
+            weights=weights,
+            reduction=reduction,
+            chunk_rows=2,
+        ),
+        (t["student_hidden"].requires_grad_(), t["weight"].requires_grad_()),
+    )
+
+
+# 3. opcheck -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(device, requires_grad, reduction):
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    t = inputs(3, 4, 9, 3, dtype, device)
+    student, weight = (t[k].requires_grad_(requires_grad) for k in ("student_hidden", "weight"))
+    args = (student, weight, t["topk_ids"], t["topk_log_probs"], None, True, 1.5, reduction, 2)
+    torch.library.opcheck(torch.ops.fastft.linear_topk_kl.default, (*args, requires_grad, requires_grad))
+
+
+# 4. Hard shapes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("vocab", [1, 7, 8, 9, 63, 64, 65, 127])
+def test_sizes(device, rows, vocab):
+    for k in {1, min(5, vocab), vocab}:
+        for tail in (True, False):
+            check(inputs(rows, 8, vocab, k, torch.float32, device), torch.float32, tail=tail, chunk_rows=2)
+
+
+def test_leading_dimensions_strides_and_int32(device):
+    t = inputs(12, 32, 65, 6, torch.float32, device)
+    t["topk_ids"] = t["topk_ids"].int()
+    wide = {k: t[k].reshape(3, 4, -1).transpose(0, 1) for k in ("student_hidden", "topk_ids", "topk_log_probs")}
+    check({**t, **wide}, torch.float32, reduction="none", weights=torch.rand(3, 4, device=device).t())
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-4])
+def test_tiny_tail_keeps_its_digits(device, scale):
+    """A tail of 1e-9 in the student would be 0 as one minus the rest."""
+    hidden = torch.eye(1, 4, device=device)
+    weight = torch.zeros(50, 4, device=device)
+    weight[0, 0] = -torch.tensor(scale).log()
+    ids, log_probs = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.tensor([[-0.1]], device=device)
+    ours = linear_topk_kl(hidden, weight, ids, log_probs)
+    truth = reference.linear_topk_kl(hidden.double(), weight.double(), ids, log_probs.double())
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=0)
+
+
+def test_teacher_mass_above_one(device):
+    """16-bit log-probabilities may sum to more than 1: then there is no tail, and the k are renormalised."""
+    t = inputs(3, 8, 33, 4, torch.float32, device)
+    t["topk_log_probs"] = torch.full((3, 4), -1.3, device=device)
+    check(t, torch.float32)
+
+
+def test_teacher_without_some_token(device):
+    t = inputs(3, 8, 33, 4, torch.float32, device)
+    t["topk_log_probs"][:, 3] = -torch.inf
+    check(t, torch.float32)
+
+
+def test_all_weights_zero_and_garbage(device):
+    """Padding rows carry weight 0 and need no valid teacher."""
+    t = inputs(5, 8, 33, 4, torch.float32, device)
+    t["topk_ids"][1] = 0
+    t["topk_log_probs"][1] = torch.nan
+    weights = torch.ones(5, device=device)
+    weights[1] = 0
+    value, grads = run(lambda **t: linear_topk_kl(**t, weights=weights), t, ["student_hidden", "weight"])
+    assert value.isfinite()
+    assert all(g.isfinite().all() for g in grads.values())
+    assert linear_topk_kl(**t, weights=torch.zeros(5, device=device)) == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), vocab=st.integers(1, 90), tail=st.booleans(), temperature=st.floats(0.5, 4.0))
+def test_any_shape(data, vocab, tail, temperature):
+    k = data.draw(st.integers(1, vocab))
+    rows = data.draw(st.integers(0, 6))
+    t = inputs(rows, 6, vocab, k, torch.float64)
+    options = {"tail": tail, "temperature": temperature, "reduction": "none"}
+    chunk_rows = data.draw(st.one_of(st.none(), st.integers(1, 8)))
+    ours, grads = run(
+        lambda **t: linear_topk_kl(**t, chunk_rows=chunk_rows, **options), t, ["student_hidden", "weight"]
+    )
+    truth, true_grads = run(lambda **t: reference.linear_topk_kl(**t, **options), t, ["student_hidden", "weight"])
+    torch.testing.assert_close(ours, truth)
+    torch.testing.assert_close(grads, true_grads)
+
+
+# 5. Errors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk_ids": torch.zeros(2, 2).long()}, r"topk_ids is \[2, 2\], expected \[..., k\] with the rows"),
+        ({"topk_ids": torch.zeros(3, 2)}, "topk_ids is torch.float32, expected int32 or int64"),
+        ({"topk_ids": torch.zeros(3, 0).long()}, r"topk_ids is \[3, 0\], expected 1 <= k <= 7"),
+        ({"topk_ids": torch.full((3, 2), 7)}, "topk_ids contains 7, expected 0 <= id < 7"),
+        ({"topk_ids": torch.full((3, 2), -1)}, "topk_ids contains -1, expected 0 <= id < 7"),
+        ({"topk_log_probs": torch.zeros(3, 3)}, r"topk_log_probs is \[3, 3\], expected \[3, 2\] like topk_ids"),
+        ({"topk_log_probs": torch.zeros(3, 2).long()}, "topk_log_probs is torch.int64, expected a floating"),
+        ({"weight": torch.zeros(7, 5)}, r"weight is \[7, 5\], expected \[vocab, 4\]"),
+        ({"chunk_rows": -1}, "chunk_rows is -1"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"reduction": "max"}, "reduction is 'max'"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {
+        "student_hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(7, 4),
+        "topk_ids": torch.tensor([[0, 1]] * 3),
+        "topk_log_probs": torch.full((3, 2), -1.0),
+        **change,
+    }
+    with pytest.raises(ValueError, match=f"linear_topk_kl: {message}"):
+        linear_topk_kl(**arguments)
+
+
+# And ---------------------------------------------------------------------------------------------------
+
+
+def test_whole_vocabulary_is_the_full_divergence(device):
+    t = inputs(5, 16, 65, 65, torch.float32, device)
+    teacher_hidden = torch.randn(5, 16, device=device)
+    log_probs = torch.log_softmax(teacher_hidden @ t["weight"].t(), -1)
+    log_probs, ids = log_probs.topk(65, -1)
+    full = linear_log_softmax_kl(t["student_hidden"], teacher_hidden, t["weight"], temperature=2.0)
+    for tail in (True, False):
+        ours = linear_topk_kl(t["student_hidden"], t["weight"], ids, log_probs, tail=tail, temperature=2.0)
+        torch.testing.assert_close(ours, full)
+
+
+def test_lower_bound_of_the_full_divergence():
+    """Lumping tokens together never increases KL, and more tokens never decrease it."""
+    t = inputs(5, 16, 65, 65, torch.float64)
+    teacher_hidden = torch.randn(5, 16, dtype=torch.float64)
+    log_probs = torch.log_softmax(teacher_hidden @ t["weight"].t(), -1)
+    values = []
+    for k in (1, 4, 16, 64, 65):
+        some, ids = log_probs.topk(k, -1)
+        values.append(linear_topk_kl(t["student_hidden"], t["weight"], ids, some).item())
+    assert all(a <= b + 1e-12 for a, b in zip(values, values[1:], strict=False))
+
+
+def test_deterministic(device):
+    t = inputs(67, 64, 5003, 64, torch.bfloat16, device)
+    first, second = (run(linear_topk_kl, t, ["student_hidden", "weight"]) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
+
+
+def test_not_twice_differentiable():
+    t = inputs(3, 4, 9, 3, torch.float64)
+    student = t["student_hidden"].requires_grad_()
+    with pytest.raises(RuntimeError, match="linear_topk_kl is not twice differentiable"):
+        torch.autograd.grad(linear_topk_kl(**t), student, create_graph=True)
