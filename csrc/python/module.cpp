@@ -7,6 +7,7 @@
 
 #include "fastft/build_info.h"
 #include "fastft/cpu_capability.h"
+#include "fastft/huge_pages.h"
 #include "fastft/row_math.h"
 
 namespace py = pybind11;
@@ -106,6 +107,8 @@ PYBIND11_MODULE(_build, m) {
     m.def("devices", &devices);
     m.def("cpu_capability", [] { return fastft::name_of(fastft::cpu_capability()); });
     m.def("set_cpu_capability", [](const std::string& name) { fastft::set_cpu_capability(name.c_str()); });
+    m.def("advise_huge_pages",
+          [](uintptr_t data, int64_t bytes) { fastft::advise_huge_pages(address<void>(data), bytes); });
     m.def("exp2_array", [](uintptr_t x, uintptr_t y, int64_t n) {
         fastft::exp2_array_cpu(address<const float>(x), address<float>(y), n);
     });

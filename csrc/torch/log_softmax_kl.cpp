@@ -88,6 +88,7 @@ Tensor log_softmax_kl_backward(const Tensor& grad_kl, const Tensor& student, con
         log_softmax_kl_backward_cuda(args, current_stream(student));
     } else {
         cpu_capability();
+        advise_huge_pages(args.grad, args.rows * args.vocab * static_cast<int64_t>(grad.element_size()));
         parallel_rows(args.rows, args.vocab,
                       [&](int64_t b, int64_t e) { log_softmax_kl_backward_cpu(args, b, e); });
     }

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "fastft/cuda_stream.h"
+#include "fastft/huge_pages.h"
 #include "fastft/types.h"
 
 // In a CPU-only libtorch the symbol is missing; weak, it is null there instead of an error of the loader.

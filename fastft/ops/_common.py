@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastft.ops import _extension
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -121,6 +123,14 @@ def chunk_size(rows: int, row_bytes: int, chunk_rows: int) -> int:
         chunk_rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
     chunks = max(1, -(-rows // chunk_rows))
     return max(1, -(-rows // chunks))
+
+
+def logits_buffer(hidden: Tensor, rows: int, vocab: int) -> Tensor:
+    """Uninitialised [rows, vocab] for one chunk's logits, on huge pages where the system offers them."""
+    buffer = hidden.new_empty((rows, vocab))
+    if buffer.is_cpu:
+        _extension.load().advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer
 
 
 def reduce_rows(values: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:

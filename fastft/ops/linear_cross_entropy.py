@@ -17,6 +17,7 @@ from fastft.ops._common import (
     check_like,
     check_weight,
     chunk_size,
+    logits_buffer,
     reduce_rows,
     register_linear_op,
     shape_of,
@@ -91,7 +92,7 @@ def _kernel(
     check_index_range("linear_cross_entropy", "labels", labels, vocab, ignore=ignore_index)
     row_weights = counted.to(acc) if weights is None else torch.where(counted, weights, 0)
     size = chunk_size(rows, vocab * weight.element_size(), chunk_rows)
-    logits = hidden.new_empty((min(size, rows), vocab))
+    logits = logits_buffer(hidden, min(size, rows), vocab)
     nll = hidden.new_empty(rows, dtype=acc)
     grads = HeadGradients(hidden, weight, row_weights, reduction, hidden_grad, weight_grad)
     for begin in range(0, rows, size):

@@ -19,6 +19,7 @@ from fastft.ops._common import (
     check_weight,
     chunk_size,
     flat_weights,
+    logits_buffer,
     reduce_rows,
     register_linear_op,
     shape_of,
@@ -115,7 +116,7 @@ def _kernel(
     rows, vocab = student_hidden.shape[0], weight.shape[0]
     size = chunk_size(rows, 2 * vocab * weight.element_size(), chunk_rows)
     # Student rows of a chunk come first, teacher rows right behind them.
-    logits = student_hidden.new_empty((2 * min(size, rows), vocab))
+    logits = logits_buffer(student_hidden, 2 * min(size, rows), vocab)
     if teacher_weight is None:
         pair = student_hidden.new_empty((logits.shape[0], student_hidden.shape[1]))
     kl = student_hidden.new_empty(rows, dtype=accumulate_dtype(student_hidden.dtype))

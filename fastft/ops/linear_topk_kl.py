@@ -19,6 +19,7 @@ from fastft.ops._common import (
     check_weight,
     chunk_size,
     flat_weights,
+    logits_buffer,
     reduce_rows,
     register_linear_op,
     shape_of,
@@ -122,7 +123,7 @@ def _kernel(
     acc = accumulate_dtype(student_hidden.dtype)
     check_index_range("linear_topk_kl", "topk_ids", topk_ids, vocab)
     size = chunk_size(rows, vocab * weight.element_size(), chunk_rows)
-    logits = student_hidden.new_empty((min(size, rows), vocab))
+    logits = logits_buffer(student_hidden, min(size, rows), vocab)
     kl = student_hidden.new_empty(rows, dtype=acc)
     grads = HeadGradients(student_hidden, weight, weights, reduction, hidden_grad, weight_grad)
     for begin in range(0, rows, size):
