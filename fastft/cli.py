@@ -1,0 +1,106 @@
+"""Command lines: parse, call, and turn a user's mistake into one message."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from fastft import __version__
+from fastft.config import describe, load_config
+from fastft.errors import FastftError, Interrupted
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`fastft COMMAND ...`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="fastft", description="Move what a prompt teaches into a few trained parameters."
+    )
+    parser.add_argument("--version", action="version", version=f"fastft {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="run a config: prepare, teach, train, evaluate, report",
+        usage="fastft train --cfg FILE [key.sub=value ...]   (or: deepspeed fastft/train.py --cfg FILE ...)",
+        epilog=config_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    train.add_argument("--debug", action="store_true", help="show tracebacks")
+    train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
+    train.set_defaults(function=_train)
+    doctor = commands.add_parser("doctor", help="what is built and installed, and what will be used")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    doctor.set_defaults(function=_doctor)
+    arguments = parser.parse_args(argv)
+    return guard(lambda: arguments.function(arguments), debug=arguments.debug)
+
+
+def guard(function: Callable[[], int | None], *, debug: bool) -> int:
+    """Run a command; what the user can mend is shown as one message, without a traceback unless `debug`."""
+    try:
+        return function() or 0
+    except Interrupted as stopped:
+        _say(f"fastft: {stopped}")
+        return 128 + stopped.signum
+    except FastftError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"fastft: {type(error).__name__}: {error}")
+        return 1
+    except (OSError, RuntimeError, ValueError) as error:
+        if debug or not _is_ours(error):
+            raise
+        _say(f"fastft: {type(error).__name__}: {error}")
+        return 1
+
+
+def _is_ours(error: Exception) -> bool:
+    """A full disk, or a message of the ops layer, which raises Python's own kinds."""
+    return (isinstance(error, OSError) and error.errno is not None) or str(error).startswith("fastft ")
+
+
+def _say(message: str) -> None:
+    # All ranks fail alike; one of them speaks.
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.cfg, arguments.overrides)
+    from fastft.engine.launch import quiet
+
+    quiet()
+    from fastft.engine.run import run
+
+    run(config)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fastft.engine.launch import quiet
+
+    quiet()
+    from fastft.doctor import doctor
+
+    return doctor(as_json=arguments.json)
+
+
+def config_reference() -> str:
+    """Every configuration key with its type, default and meaning."""
+    lines = ["configuration keys (key: type = default):"]
+    for key, kind, default, text in describe():
+        if kind == "section":
+            lines += ["", f"{key}: {text}"]
+        else:
+            lines += [f"  {key}: {kind} = {default}", f"      {text}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

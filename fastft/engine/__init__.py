@@ -1,0 +1,1 @@
+"""DeepSpeed, the training loop, checkpoints, metrics. The only place that imports deepspeed."""

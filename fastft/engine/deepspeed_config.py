@@ -1,0 +1,77 @@
+"""The DeepSpeed configuration, derived from a run's config; a user's own file is merged over it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastft.config import Config
+from fastft.errors import ConfigError
+
+# What fastft computes itself: a second value in a user's file could only contradict the config.
+OWNED = {
+    "optimizer": "train.optimizer, train.lr, ...",
+    "scheduler": "train.schedule and train.warmup_steps",
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.micro_batches",
+    "gradient_accumulation_steps": "train.micro_batches",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+def derive(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world_size` processes.
+
+    Raises ConfigError for a user's file that is missing, is not JSON or sets what the config already says.
+    """
+    ds = config.deepspeed
+    zero: dict[str, Any] = {"stage": ds.zero_stage}
+    if ds.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": ds.offload_optimizer, "pin_memory": False}
+    if ds.offload_param != "none":
+        zero["offload_param"] = {"device": ds.offload_param, "pin_memory": False}
+    derived = {
+        # DeepSpeed counts "samples" only to check this product; fastft's batches are packed, one row each.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.train.micro_batches,
+        "train_batch_size": world_size * config.train.micro_batches,
+        "gradient_clipping": config.train.max_grad_norm,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "fp16": {"enabled": config.model.dtype == "float16"},
+        "zero_optimization": zero,
+        # Any torch optimizer, and no JIT build of DeepSpeed's own: the trained parameters are few.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return merge(derived, _read(ds.config_file)) if ds.config_file else derived
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"deepspeed.config_file={path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"deepspeed.config_file={path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"deepspeed.config_file={path}: expected an object, found {type(value).__name__}")
+    problems = [f"  {key}: set {OWNED[key]} instead" for key in value if key in OWNED]
+    if "stage" in value.get("zero_optimization", {}):
+        problems.append("  zero_optimization.stage: set deepspeed.zero_stage instead")
+    if problems:
+        raise ConfigError("\n".join([f"deepspeed.config_file={path} sets what the fastft config says:", *problems]))
+    return value

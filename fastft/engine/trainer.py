@@ -1,0 +1,130 @@
+"""Optimizer steps through DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+
+from fastft.config import Config
+from fastft.data.sequences import Batch
+from fastft.distributed import Ranks
+from fastft.engine import deepspeed_config
+from fastft.errors import FastftError
+from fastft.models.causal import PackedCausalLM
+from fastft.optim import build_optimizer, learning_rate
+
+LossFn = Callable[[list[int]], torch.Tensor]  # example indices -> loss summed over their target positions
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # mean over the target positions of the step, all ranks
+    lr: float
+    grad_norm: float
+    stop: bool  # whether a rank was asked to stop
+
+
+class Trainer:
+    """A model under DeepSpeed, its trained parameters, and one optimizer step at a time."""
+
+    def __init__(self, lm: PackedCausalLM, trained: dict[str, nn.Parameter], config: Config, ranks: Ranks):
+        self.config, self.ranks, self.trained = config, ranks, trained
+        if config.deepspeed.zero_stage == 3:
+            # A decoder layer is gathered and released as a whole: one hook a layer instead of one a module.
+            names = getattr(lm.model, "_no_split_modules", None) or ()
+            layers = {type(m) for m in lm.modules() if type(m).__name__ in names}
+            if layers:
+                set_z3_leaf_modules(lm, list(layers))
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=lm,
+            optimizer=build_optimizer(list(trained.values()), config.train),
+            config=deepspeed_config.derive(config, ranks.world_size),
+        )
+        self.lm: PackedCausalLM = self.engine.module
+
+    def step(self, number: int, micro_batches: list[Batch], loss_fn: LossFn, stop: bool) -> StepResult:
+        """Optimizer step `number` (from 1).
+
+        DeepSpeed averages the gradient over ranks and micro-batches, so each loss is scaled such that the average is
+        the mean over all target positions of the step, however they are dealt out.
+
+        Raises NonFiniteStep before any parameter is touched if the loss is not finite.
+        """
+        lr = learning_rate(number, self.config.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.train()
+        share = self.ranks.world_size * len(micro_batches)
+        mean, asked = 0.0, 0.0
+        for batch in micro_batches:
+            # A rank without examples still takes part in the forward and backward, whose collectives need it.
+            loss = loss_fn(batch.examples) if batch.examples else loss_fn([0]) * 0.0
+            totals = torch.stack([loss.detach().double(), torch.tensor(float(stop), device=loss.device).double()])
+            loss_sum, stops = self.ranks.sum(totals).tolist()
+            if loss_sum != loss_sum or abs(loss_sum) == float("inf"):
+                raise NonFiniteStep(number, batch, loss_sum)
+            mean += loss_sum / batch.total_targets
+            asked += stops
+            self.engine.backward(loss * (share / batch.total_targets))
+            self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(mean, lr, float(norm) if norm is not None else float("nan"), stop=asked > 0)
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """The trained parameters, whole, on the CPU, by name in the model (a collective under ZeRO-3)."""
+        parameters = list(self.trained.values())
+        partitioned = self.config.deepspeed.zero_stage == 3
+        with deepspeed.zero.GatheredParameters(parameters, enabled=partitioned):
+            return {name: p.detach().cpu().clone() for name, p in self.trained.items()}
+
+    def save_checkpoint(self, step: int, folder: Path) -> Path:
+        """Trained parameters, optimizer and step number as <folder>/step_<N>, complete or not at all."""
+        target = folder / f"step_{step}"
+        partial = folder / f".step_{step}.partial"
+        if self.ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.ranks.barrier()
+        self.engine.save_checkpoint(
+            str(partial), tag="state", client_state={"fastft_step": step}, exclude_frozen_parameters=True
+        )
+        self.ranks.barrier()
+        if self.ranks.is_first:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            for old in list_checkpoints(folder)[: -self.config.train.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.ranks.barrier()
+        return target
+
+    def load_checkpoint(self, path: Path) -> int:
+        """Continue from a checkpoint; returns its step number."""
+        try:
+            loaded, state = self.engine.load_checkpoint(str(path), tag="state", load_module_strict=False)
+        except Exception as error:  # DeepSpeed raises many kinds for a checkpoint that does not fit
+            raise FastftError(f"{path}: this checkpoint cannot be loaded: {error}") from error
+        if loaded is None:
+            raise FastftError(f"{path}: this checkpoint is incomplete")
+        return state["fastft_step"]
+
+
+class NonFiniteStep(Exception):
+    """The loss of a step is inf or nan; no parameter was changed by it."""
+
+    def __init__(self, step: int, batch: Batch, loss: float):
+        super().__init__(f"step {step}: loss {loss}")
+        self.step, self.batch, self.loss = step, batch, loss
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))

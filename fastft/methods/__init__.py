@@ -1,0 +1,1 @@
+"""Ways of adapting a model: examples -> batch, batch -> loss, model -> prediction."""

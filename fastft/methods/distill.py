@@ -1,0 +1,224 @@
+"""Context distillation (Askell et al. 2021, arXiv 2112.00861; Snell et al. 2022, arXiv 2209.15189).
+
+The teacher is the frozen base with the context, the student the same base without it plus the trained parameters:
+
+    minimise  mean over target positions of  D( p_base(. | context, tokens) || p_student(. | tokens) )
+
+The tokens come from the document (its passages), from the teacher (questions that it writes about the document and
+answers), and in the `with_questions` setting from the trained gold questions. The base never changes, so each target is
+computed once, before training (`teach`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from fastft.config import Config, DistillConfig
+from fastft.data.sequences import Sequence, Window, answer_tokens, pack, question_prompt
+from fastft.data.store import StoreWriter, TeacherStore
+from fastft.distributed import Ranks
+from fastft.models.attention import PackedSequences
+from fastft.models.causal import PackedCausalLM
+from fastft.models.generation import generate
+from fastft.models.text import Text
+from fastft.ops import linear_log_softmax_kl, linear_topk_kl
+from fastft.tasks import Question
+
+Advance = Callable[[int], None]  # progress: how many items are done
+
+
+def write_questions(
+    lm: PackedCausalLM, window: Window, text: Text, config: Config, ranks: Ranks, *, seed: int, advance: Advance
+) -> list[tuple[str, list[int]]]:
+    """Self-study: the teacher, with the context, writes questions and answers them: (question, answer ids).
+
+    The answer ends with the token that ended it. Questions are sampled, each with noise from its own seed; batches hold
+    the same questions for any number of ranks, so the result is the same too.
+    """
+    study = config.queries.self_study
+    sentences = split_sentences(window.text) or [window.text]
+
+    def ask(i: int) -> tuple[str, str]:
+        """The i-th prompt and the words of the question that it gives away."""
+        prompt = study.prompts[i % len(study.prompts)]
+        opening = study.openings[i % len(study.openings)] if "{opening}" in prompt else ""
+        return prompt.replace("{sentence}", sentences[i % len(sentences)]).replace("{opening}", opening), opening
+
+    size = config.evaluate.batch_size
+    starts = list(range(0, study.count, size))
+    found: dict[int, tuple[str, list[int]]] = {}
+    for start, counts in ranks.lockstep(starts):
+        span = range(start, min(start + size, study.count))
+        prefix = lm.encode_prefix(window.token_ids)
+        written = generate(
+            lm,
+            [text.encode(ask(i)[0]) for i in span],
+            stop=lambda ids: text.ends_line(ids) or "?" in text.decode_token(ids[-1]),
+            keep_stop=True,
+            max_new_tokens=study.max_question_tokens,
+            prefix=prefix,
+            temperature=study.temperature,
+            seeds=[seed * 1_000_003 + i for i in span],
+            ranks=ranks,
+        )
+        questions = [clean_question(ask(i)[1] + text.decode(ids)) for i, ids in zip(span, written, strict=True)]
+        answers = generate(
+            lm,
+            [question_prompt(q or "?", config.data, text.encode) for q in questions],
+            stop=text.ends_line,
+            keep_stop=True,
+            max_new_tokens=study.max_answer_tokens,
+            prefix=prefix,
+            temperature=study.answer_temperature,
+            seeds=[seed * 1_000_003 + 500_000 + i for i in span],
+            ranks=ranks,
+        )
+        if counts:
+            found |= {i: (q, a) for i, q, a in zip(span, questions, answers, strict=True) if q}
+            advance(len(span))
+    merged = {i: pair for part in ranks.gather(found) for i, pair in part.items()}
+    unique = {(question, tuple(answer)): None for _, (question, answer) in sorted(merged.items())}
+    return [(question, list(answer)) for question, answer in unique]
+
+
+def clean_question(written: str) -> str:
+    """The question in what the teacher wrote, or "" if there is none: up to its first question mark."""
+    question, mark, _ = " ".join(written.split()).partition("?")
+    question = question.strip(" \"'-*")
+    return f"{question}?" if mark and len(question.split()) >= 2 else ""
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of four words and more."""
+    return [s for s in (p.strip() for p in re.split(r"(?<=[.!?])\s+|\n+", text)) if len(s.split()) >= 4]
+
+
+def self_study_sequences(pairs: list[tuple[str, list[int]]], window: int, config: Config, text: Text) -> list[Sequence]:
+    return [
+        Sequence(window, "self_study", tuple(question_prompt(q, config.data, text.encode)), tuple(answer))
+        for q, answer in pairs
+    ]
+
+
+def gold_sequences(questions: list[Question], window: int, config: Config, text: Text) -> list[Sequence]:
+    return [
+        Sequence(
+            window,
+            "question",
+            tuple(question_prompt(q.text, config.data, text.encode)),
+            tuple(answer_tokens(answer, config.data, text.encode)),
+        )
+        for q in questions
+        for answer in q.answers
+    ]
+
+
+def target_specs(config: DistillConfig, lm: PackedCausalLM) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What is stored per target position: name -> (shape, dtype)."""
+    weight = lm.head.weight
+    if config.targets == "hidden":
+        return {"hidden": ((weight.shape[1],), weight.dtype)}
+    k = min(config.top_k, weight.shape[0])
+    return {"topk_ids": ((k,), torch.int32), "topk_log_probs": ((k,), torch.float32)}
+
+
+@torch.no_grad()
+def teach(
+    lm: PackedCausalLM,
+    windows: list[Window],
+    sequences: list[Sequence],
+    config: DistillConfig,
+    writer: StoreWriter,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    advance: Advance,
+) -> None:
+    """Run the teacher on every sequence behind its window and hand the targets to `writer`.
+
+    Each window's keys and values are computed once per batch of its sequences and shared by all of them.
+    """
+    jobs = []
+    for w in range(len(windows)):
+        members = [i for i, s in enumerate(sequences) if s.window == w]
+        jobs += [(w, members[i : i + batch_size]) for i in range(0, len(members), batch_size)]
+    k = min(config.top_k, lm.head.weight.shape[0])
+    known: tuple[int, object] | None = None
+    for (w, members), counts in ranks.lockstep(jobs):
+        if known is None or known[0] != w or ranks.world_size > 1:
+            known = (w, lm.encode_prefix(windows[w].token_ids))
+        token_ids = [sequences[i].token_ids for i in members]
+        input_ids, lengths = pack(token_ids, [], lm.device)
+        packed = PackedSequences(lengths, prefixes=[(known[1], len(members))], device=lm.device)
+        rows, start = [], 0
+        for i, length in zip(members, lengths, strict=True):
+            rows.append(torch.tensor([start + p for p in sequences[i].target_positions(config.loss_on)]))
+            start += length
+        at = torch.cat(rows).to(lm.device)
+        if config.targets == "hidden":
+            targets = {"hidden": lm(input_ids, packed)[at]}
+        else:
+            ids, log_probs = lm(input_ids, packed, lambda h, weight, at=at: top_k_log_probs(h[at], weight, k))
+            targets = {"topk_ids": ids, "topk_log_probs": log_probs}
+        if counts:
+            sizes = [len(r) for r in rows]
+            split = {name: value.split(sizes) for name, value in targets.items()}
+            for n, i in enumerate(members):
+                writer.write(i, {name: parts[n] for name, parts in split.items()})
+            advance(len(members))
+
+
+def top_k_log_probs(
+    hidden: torch.Tensor, weight: torch.Tensor, k: int, chunk_rows: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most likely tokens at each position and their log-probabilities over the full vocabulary.
+
+    hidden [T, H], weight [V, H] -> ids [T, k] int32, log_probs [T, k] float32; at most chunk_rows rows of logits live.
+    """
+    ids, log_probs = [], []
+    for rows in hidden.split(chunk_rows):
+        logits = (rows @ weight.t()).float()
+        top, index = logits.topk(k, dim=-1)
+        ids.append(index.int())
+        log_probs.append(top - logits.logsumexp(-1, keepdim=True))
+    return torch.cat(ids), torch.cat(log_probs)
+
+
+def loss_fn(
+    lm: PackedCausalLM,
+    sequences: list[Sequence],
+    examples: list[int],
+    store: TeacherStore,
+    config: DistillConfig,
+    leading: list[int],
+) -> torch.Tensor:
+    """Divergence summed over the target positions of the given sequences, in nats (float32 scalar)."""
+    input_ids, lengths = pack([sequences[i].token_ids for i in examples], leading, lm.device)
+    rows, start = [], 0
+    for i, length in zip(examples, lengths, strict=True):
+        rows += [start + len(leading) + p for p in sequences[i].target_positions(config.loss_on)]
+        start += length
+    at = torch.tensor(rows, device=lm.device)
+    parts = [store.rows(i) for i in examples]
+    targets = {name: torch.cat([p[name] for p in parts]).to(lm.device) for name in parts[0]}
+
+    def divergence(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        hidden = hidden if len(at) == len(hidden) else hidden[at]
+        if config.targets == "hidden":
+            return linear_log_softmax_kl(
+                hidden,
+                targets["hidden"],
+                weight,
+                temperature=config.temperature,
+                direction=config.direction,
+                beta=config.beta,
+                reduction="sum",
+            )
+        return linear_topk_kl(
+            hidden, weight, targets["topk_ids"], targets["topk_log_probs"], tail=config.tail, reduction="sum"
+        )
+
+    return lm(input_ids, PackedSequences(lengths, device=lm.device), divergence)

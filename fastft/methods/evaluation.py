@@ -1,0 +1,170 @@
+"""How well a model answers questions about a document: likelihood of the gold answers, and its own greedy answers."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastft.data.sequences import Window, pack
+from fastft.distributed import Ranks
+from fastft.models.attention import PackedSequences, Prefix
+from fastft.models.causal import PackedCausalLM
+from fastft.models.generation import generate
+from fastft.models.text import Text
+from fastft.ops import linear_cross_entropy
+
+Advance = Callable[[int], None]  # progress: how many items are done
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """The evaluated questions of one document, as tokens."""
+
+    document: str
+    windows: list[Window]
+    prompts: list[list[int]]
+    answers: list[list[list[int]]]  # per question its accepted answers
+    texts: list[tuple[str, ...]]  # the same as text
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over the questions of one document; divide to get means."""
+
+    nll: float  # nats, summed over the tokens of all accepted answers
+    answer_tokens: int
+    f1: float | None = None  # summed over questions; None if no answers were generated
+    exact_match: float | None = None
+    questions: int = 0
+
+    @property
+    def nll_per_token(self) -> float:
+        return self.nll / self.answer_tokens
+
+
+@torch.no_grad()
+def answer_nll(
+    lm: PackedCausalLM, pairs: list[tuple[list[int], list[int]]], *, prefix: Prefix | None, leading: list[int]
+) -> torch.Tensor:
+    """-log p(answer | prefix, prompt) in nats for each (prompt, answer), float64 on the CPU.
+
+    leading: tokens in front of the prompt where there is no prefix (which has them already).
+    """
+    leading = leading if prefix is None else []
+    input_ids, lengths = pack([(*prompt, *answer[:-1]) for prompt, answer in pairs], leading, lm.device)
+    rows, labels, start = [], [], 0
+    for (_, answer), length in zip(pairs, lengths, strict=True):
+        rows.extend(range(start + length - len(answer), start + length))
+        labels.extend(answer)
+        start += length
+    groups = None if prefix is None else [(prefix, len(pairs))]
+    packed = PackedSequences(lengths, prefixes=groups, device=lm.device)
+    at = torch.tensor(rows, device=lm.device)
+    label = torch.tensor(labels, device=lm.device)
+    nll = lm(
+        input_ids, packed, lambda hidden, weight: linear_cross_entropy(hidden[at], weight, label, reduction="none")
+    )
+    owner = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor([len(a) for _, a in pairs]))
+    return torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, owner, nll.double().cpu())
+
+
+def evaluate(
+    lm: PackedCausalLM,
+    sets: list[QuestionSet],
+    text: Text,
+    ranks: Ranks,
+    *,
+    in_context: bool,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    advance: Advance = lambda n: None,
+) -> list[Scores]:
+    """Scores of each question set. max_new_tokens: also generate greedy answers of that length.
+
+    In context, a document of several windows is scored for each question in the window that suits it best (the
+    highest likelihood of the gold answers): an upper bound on what retrieval of one window could give.
+    """
+    jobs = [(index, begin) for index, s in enumerate(sets) for begin in range(0, len(s.prompts), batch_size)]
+    # Per question: nll, tokens, f1, exact match.
+    results = [torch.zeros(len(s.prompts), 4, dtype=torch.float64) for s in sets]
+    for (index, begin), counts in ranks.lockstep(jobs):
+        questions = sets[index]
+        span = range(begin, min(begin + batch_size, len(questions.prompts)))
+        pairs = [(questions.prompts[q], answer) for q in span for answer in questions.answers[q]]
+        owner = [q - begin for q in span for _ in questions.answers[q]]
+        best: torch.Tensor | None = None
+        for window in questions.windows if in_context else [None]:
+            prefix = None if window is None else lm.encode_prefix(window.token_ids)
+            nll = torch.cat(
+                [
+                    answer_nll(lm, pairs[i : i + batch_size], prefix=prefix, leading=text.leading)
+                    for i in range(0, len(pairs), batch_size)
+                ]
+            )
+            row = torch.zeros(len(span), 4, dtype=torch.float64)
+            row[:, 0].index_add_(0, torch.tensor(owner), nll)
+            row[:, 1].index_add_(0, torch.tensor(owner), torch.tensor([float(len(a)) for _, a in pairs]).double())
+            if max_new_tokens:
+                leading = text.leading if prefix is None else []
+                answers = generate(
+                    lm,
+                    [[*leading, *questions.prompts[q]] for q in span],
+                    stop=text.ends_line,
+                    max_new_tokens=max_new_tokens,
+                    prefix=prefix,
+                    ranks=ranks,
+                )
+                for i, (q, ids) in enumerate(zip(span, answers, strict=True)):
+                    answer = text.decode(ids)
+                    row[i, 2] = max(token_f1(answer, gold) for gold in questions.texts[q])
+                    row[i, 3] = max(float(normalize(answer) == normalize(gold)) for gold in questions.texts[q])
+            best = row if best is None else torch.where((row[:, 0] < best[:, 0])[:, None], row, best)
+        if counts:
+            results[index][span.start : span.stop] = best
+            advance(len(span))
+    flat = ranks.sum(torch.cat(results)).split([len(r) for r in results])
+    scores = []
+    for result in flat:
+        nll, tokens, f1, exact_match = result.sum(0).tolist()
+        generated = (f1, exact_match) if max_new_tokens else (None, None)
+        scores.append(Scores(nll, int(tokens), *generated, questions=len(result)))
+    return scores
+
+
+def normalize(answer: str) -> str:
+    """Lower case, without punctuation, articles and extra spaces (SQuAD, Rajpurkar et al. 2016)."""
+    answer = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
+
+
+def token_f1(answer: str, gold: str) -> float:
+    """Harmonic mean of token precision and recall between two normalised answers."""
+    a, g = normalize(answer).split(), normalize(gold).split()
+    common = sum((Counter(a) & Counter(g)).values())
+    if not a or not g:
+        return float(a == g)
+    return 2 * common / (len(a) + len(g))
+
+
+def total(scores: list[Scores]) -> dict[str, float]:
+    """Means over several documents: nll per gold-answer token, F1 and exact match per question."""
+    tokens, questions = sum(s.answer_tokens for s in scores), sum(s.questions for s in scores)
+    means = {"nll": sum(s.nll for s in scores) / tokens}
+    if scores[0].f1 is not None:
+        means["f1"] = sum(s.f1 for s in scores) / questions
+        means["exact_match"] = sum(s.exact_match for s in scores) / questions
+    return means
+
+
+def recovery(nll_no_context: float, nll_student: float, nll_teacher: float) -> float | None:
+    """(no_context - student) / (no_context - teacher): 0 learned nothing, 1 equals the prompt.
+
+    None where the context does not lower the NLL: there is nothing to recover.
+    """
+    gain = nll_no_context - nll_teacher
+    return (nll_no_context - nll_student) / gain if gain > 0 else None

@@ -1,0 +1,315 @@
+"""Attention over packed sequences, with an optional prefix that many of them share.
+
+A *pack* is one row of tokens [1, T] in which several sequences lie end to end, so that every linear layer
+sees T real tokens and no padding. Attention alone has to know where one sequence ends and the next begins;
+`PackedSequences` says so. It also carries the keys and values that come before the packed tokens:
+
+- a **shared prefix**: the context's keys and values, computed once and held once. All queries that follow it are
+  one long query block against that one copy; nothing is expanded per sequence or per query head;
+- a **decode cache**: each sequence's own keys and values, for generation.
+
+The parts are attended to apart and merged exactly by their log-sum-exp: with parts i, outputs o_i and
+lse_i = log sum_j exp(q . k_j * scale), the whole is sum_i exp(lse_i - lse) o_i, lse = logaddexp_i lse_i
+(the identity behind FlashAttention, Dao et al. 2022, arXiv 2205.14135, and Hydragen, Juravsky et al. 2024,
+arXiv 2402.05099).
+
+The function is registered with transformers under the name "fastft" and is reached through the attention
+interface with a `packed` keyword, so no model code is copied.
+
+Shapes: T packed tokens, B sequences, L the longest of them, H query heads, G key/value heads, D head size,
+C prefix length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "fastft"
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Prefix:
+    """Keys and values of one context: per layer k, v [1, G, C, D]; positions 0..C-1 are taken."""
+
+    length: int = 0
+    layers: dict[int, KeyValue] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for kv in self.layers.values() for t in kv)
+
+
+class DecodeCache:
+    """Own keys and values of B sequences during generation: per layer k, v [B, G, capacity, D]."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.layers: dict[int, KeyValue] = {}
+        self.lengths: torch.Tensor | None = None  # [B] tokens written so far
+
+    def buffers(self, layer: int, batch: int, like: torch.Tensor) -> KeyValue:
+        if layer not in self.layers:
+            shape = (batch, like.shape[1], self.capacity, like.shape[3])
+            # Zeros, not empty: masked positions are multiplied by probability zero, and 0 * nan is nan.
+            self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self.layers[layer]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all sequences but `rows` [n] (those that are not finished)."""
+        self.layers = {i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()}
+        self.lengths = self.lengths[rows]
+
+
+class PackedSequences:
+    """Where each sequence of a pack lies, and what comes before it.
+
+    lengths: tokens of each of the B sequences, in packed order.
+    prefixes: what the sequences share, as (prefix, number of consecutive sequences) groups that cover all B;
+        None when nothing precedes them.
+    cache: per-sequence keys and values to extend (generation); None otherwise.
+    capture: a `Prefix` to fill with the keys and values of this pack (one sequence only).
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        prefixes: list[tuple[Prefix, int]] | None = None,
+        cache: DecodeCache | None = None,
+        capture: Prefix | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"PackedSequences: lengths must be positive and not empty, got {lengths}")
+        if prefixes is not None and sum(n for _, n in prefixes) != len(lengths):
+            groups = [n for _, n in prefixes]
+            raise ValueError(f"PackedSequences: prefix groups {groups} do not cover {len(lengths)} sequences")
+        if capture is not None and len(lengths) != 1:
+            raise ValueError(f"PackedSequences: capture takes one sequence, got {len(lengths)}")
+        self.lengths = lengths
+        self.prefixes = prefixes
+        self.cache = cache
+        self.capture = capture
+        length = torch.tensor(lengths)
+        self.longest = int(length.max())
+        starts = torch.cumsum(length, 0) - length
+        offset = torch.arange(self.longest)
+        row = torch.repeat_interleave(torch.arange(len(lengths)), length)
+        column = torch.arange(int(length.sum())) - starts[row]
+        # to_padded: packed index of each padded slot (a slot past a sequence's end repeats its last token, whose
+        # result is never read); to_packed: padded slot of each packed token.
+        self.to_padded = (starts[:, None] + torch.minimum(offset, length[:, None] - 1)).flatten().to(device)
+        self.to_packed = (row * self.longest + column).to(device)
+        self.is_uniform = min(lengths) == self.longest
+        positions = column
+        if prefixes is not None:
+            before = [p.length for p, n in prefixes for _ in range(n)]
+            positions = positions + torch.tensor(before)[row]
+        positions = positions.to(device)
+        if cache is not None:
+            if cache.lengths is None:
+                cache.lengths = torch.zeros(len(lengths), dtype=torch.long, device=device)
+            # Kept from the first layer's call to the last: `advance` moves it once the forward is done.
+            positions = positions + cache.lengths[row.to(device)]
+        self.position_ids = positions[None]
+        self.row, self.column = row.to(device), column.to(device)
+
+    def advance(self) -> None:
+        """After a forward with a cache: count the new tokens as written."""
+        self.cache.lengths = self.cache.lengths + torch.tensor(self.lengths, device=self.cache.lengths.device)
+
+
+class _TakeRows(torch.autograd.Function):
+    """index_select on dim 1 whose backward is the inverse gather instead of a scatter-add.
+
+    Right because every slot that `index` repeats is padding and gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(1, inverse), None, None
+
+
+def _pad(x_BHTD: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+    """[1, H, T, D] -> [B, H, L, D], each sequence padded on the right."""
+    x_BTHD = x_BHTD.transpose(1, 2)
+    if not packed.is_uniform:
+        x_BTHD = _TakeRows.apply(x_BTHD, packed.to_padded, packed.to_packed)
+    return x_BTHD.reshape(len(packed.lengths), packed.longest, *x_BTHD.shape[2:]).transpose(1, 2)
+
+
+def _unpad(x_BHLD: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+    """[B, H, L, D] -> [1, T, H, D]."""
+    x_BTHD = x_BHLD.transpose(1, 2).reshape(1, -1, x_BHLD.shape[1], x_BHLD.shape[3])
+    if packed.is_uniform:
+        return x_BTHD
+    return _TakeRows.apply(x_BTHD, packed.to_packed, packed.to_padded)
+
+
+def attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T * scale) v and its log-sum-exp: [B, H, L, D] and float32 (float64 for float64) [B, H, L].
+
+    q [B, H, L, D]; k, v [B, H, S, D]; mask [B, 1, 1 or L, S] bool, true where a key may be seen. No gradient.
+    torch's flash kernel on the CPU; on a GPU its flash kernel, or its memory-efficient one where there is a mask or
+    a dtype that flash does not take.
+    """
+    if q.device.type == "cpu":
+        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale
+        )
+    if mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[:2]
+    if q.dtype != torch.float64:
+        bias = None
+        if mask is not None:
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+            bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, bias, True, 0.0, is_causal, scale=scale
+        )[:2]
+        return out, lse[..., : q.shape[2]]
+    scores = q @ k.transpose(-1, -2) * scale
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    return torch.exp(scores - lse[..., None]) @ v, lse
+
+
+def merge(o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor) -> torch.Tensor:
+    """Attention over the union of two key sets from the attention over each: o [..., D], lse [...]."""
+    share = torch.sigmoid(lse1 - lse2)[..., None]  # exp(lse1) / (exp(lse1) + exp(lse2))
+    return torch.lerp(o2.to(share.dtype), o1.to(share.dtype), share).to(o1.dtype)
+
+
+def _attend_prefix(q: torch.Tensor, packed: PackedSequences, layer: int, scale: float) -> KeyValue:
+    """All packed queries q [1, H, T, D] against the prefixes of their groups: out [1, H, T, D], lse [1, H, T].
+
+    The query heads of one key/value head stand next to each other, so [H, T] folds into [G, H/G * T] query rows:
+    each key and value is read once for all heads and all sequences that share it.
+    """
+    outs, lses = [], []
+    start = sequence = 0
+    for prefix, count in packed.prefixes:
+        stop = start + sum(packed.lengths[sequence : sequence + count])
+        q_group = q[:, :, start:stop]
+        k, v = prefix.layers[layer]
+        heads, tokens, dim = q_group.shape[1:]
+        rows = q_group.reshape(1, k.shape[1], heads // k.shape[1] * tokens, dim)
+        out, lse = attention_with_lse(rows, k, v, scale=scale)
+        outs.append(out.reshape(1, heads, tokens, dim))
+        lses.append(lse.reshape(1, heads, tokens))
+        start, sequence = stop, sequence + count
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _attend_cached(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences, layer: int, scale: float
+) -> KeyValue:
+    """Append k, v to the decode cache, then attend to it: out [B, H, L, D], lse [B, H, L]."""
+    batch, cache = len(packed.lengths), packed.cache
+    k_cache, v_cache = cache.buffers(layer, batch, k)
+    slots = cache.lengths[packed.row] + packed.column
+    k_cache[packed.row, :, slots] = k[0].transpose(0, 1)
+    v_cache[packed.row, :, slots] = v[0].transpose(0, 1)
+    q_BHLD = _pad(q, packed)
+    heads, kv_heads, longest = q.shape[1], k.shape[1], packed.longest
+    seen = int(cache.lengths.max()) + longest
+    if longest == 1:
+        # One new token each: fold the heads of a group into query rows, as for the prefix.
+        visible = torch.arange(seen, device=q.device) <= cache.lengths[:, None]
+        out, lse = attention_with_lse(
+            q_BHLD.reshape(batch, kv_heads, heads // kv_heads, -1),
+            k_cache[:, :, :seen],
+            v_cache[:, :, :seen],
+            scale=scale,
+            mask=visible[:, None, None],
+        )
+        return out.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
+    at = cache.lengths[:, None] + torch.arange(longest, device=q.device)
+    visible = torch.arange(seen, device=q.device) <= at[:, :, None]
+    repeats = heads // kv_heads
+    return attention_with_lse(
+        q_BHLD,
+        k_cache[:, :, :seen].repeat_interleave(repeats, 1),
+        v_cache[:, :, :seen].repeat_interleave(repeats, 1),
+        scale=scale,
+        mask=visible[:, None],
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    packed: PackedSequences | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """transformers attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
+    if packed is None:
+        raise ValueError('attention "fastft" needs packed=PackedSequences(...) in the model call')
+    layer = module.layer_idx
+    if packed.capture is not None:
+        packed.capture.layers[layer] = (key.detach().contiguous(), value.detach().contiguous())
+    if packed.prefixes is None and packed.cache is None:
+        out = F.scaled_dot_product_attention(
+            _pad(query, packed),
+            _pad(key, packed),
+            _pad(value, packed),
+            dropout_p=dropout,
+            is_causal=True,  # padding is on the right, so the causal mask hides it from every real token
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        return _unpad(out, packed), None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        raise RuntimeError("packed_attention: prefixes and decode caches take no gradient; use torch.no_grad()")
+    if packed.cache is not None:
+        own, own_lse = _attend_cached(query, key, value, packed, layer, scaling)
+    else:
+        repeats = query.shape[1] // key.shape[1]
+        own, own_lse = attention_with_lse(
+            _pad(query, packed),
+            _pad(key, packed).repeat_interleave(repeats, 1),
+            _pad(value, packed).repeat_interleave(repeats, 1),
+            scale=scaling,
+            is_causal=True,
+        )
+    own = _unpad(own, packed)
+    if packed.prefixes is None:
+        return own, None
+    own_lse = _unpad(own_lse[..., None], packed).squeeze(-1)
+    shared, shared_lse = _attend_prefix(query, packed, layer, scaling)
+    return merge(shared.transpose(1, 2), shared_lse.transpose(1, 2), own, own_lse), None
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)

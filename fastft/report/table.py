@@ -1,0 +1,45 @@
+"""The before/after table of a distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+ROWS = (("no context", "no_context"), ("trained, no context", "student"), ("in context", "teacher"))
+
+
+def before_after_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows as text; empty rows where no question was evaluated."""
+    heads = ["model", "NLL per token", "recovery", "F1", "exact match"]
+    if summary["nll_no_context"] is None:
+        return heads, []
+    shown = {"no_context": 0.0, "student": summary["recovery"], "teacher": 1.0}
+    rows = []
+    for label, name in ROWS:
+        f1, exact = summary.get(f"f1_{name}"), summary.get(f"exact_match_{name}")
+        rows.append([label, f"{summary[f'nll_{name}']:.3f}", number(shown[name]), percent(f1), percent(exact)])
+    control = summary["control_recovery"]
+    if control is not None:
+        rows.append(["control: other documents", f"{summary['control_nll_student']:.3f}", number(control), "", ""])
+    return heads, rows
+
+
+def before_after(summary: dict[str, Any]) -> Table | str:
+    heads, rows = before_after_rows(summary)
+    if not rows:
+        return "no questions: nothing was evaluated"
+    table = Table(title=f"{summary['model']}, {summary['peft']}, {summary['setting']}", title_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+    for i, row in enumerate(rows):
+        table.add_row(*row, style="bold" if i == 1 else None, end_section=i == 2)
+    return table
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
