@@ -41,7 +41,7 @@ class Trainer:
             # A decoder layer is gathered and released as a whole: one hook a layer instead of one a module.
             names = getattr(lm.model, "_no_split_modules", None) or ()
             layers = {type(m) for m in lm.modules() if type(m).__name__ in names}
-            if layers:
+            if layers and os.environ.get("LEAF"):
                 set_z3_leaf_modules(lm, list(layers))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=lm,

@@ -125,28 +125,41 @@ class PackedSequences:
         self.cache.lengths = self.cache.lengths + torch.tensor(self.lengths, device=self.cache.lengths.device)
 
 
-class _TakeRows(torch.autograd.Function):
-    """index_select on dim 1 whose backward is the inverse gather instead of a scatter-add.
-
-    Right because every slot that `index` repeats is padding and gets no gradient.
+class _Pad(torch.autograd.Function):
+    """[1, T, ...] -> [1, B * L, ...]. Slots past a sequence's end repeat its last token; they get no gradient
+    (`_Unpad` sends none), so the backward is a plain gather instead of index_select's scatter-add.
     """
 
     @staticmethod
-    def forward(ctx, x, index, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(1, index)
+    def forward(ctx, x, to_padded, to_packed):
+        ctx.save_for_backward(to_packed)
+        return x.index_select(1, to_padded)
 
     @staticmethod
     def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(1, inverse), None, None
+        return grad.index_select(1, *ctx.saved_tensors), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """[1, B * L, ...] -> [1, T, ...]; in backward the padding slots get zeros."""
+
+    @staticmethod
+    def forward(ctx, x, to_packed):
+        ctx.save_for_backward(to_packed)
+        ctx.slots = x.shape[1]
+        return x.index_select(1, to_packed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        padded = grad.new_zeros(1, ctx.slots, *grad.shape[2:])
+        return padded.index_copy_(1, *ctx.saved_tensors, grad), None
 
 
 def _pad(x_BHTD: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
     """[1, H, T, D] -> [B, H, L, D], each sequence padded on the right."""
     x_BTHD = x_BHTD.transpose(1, 2)
     if not packed.is_uniform:
-        x_BTHD = _TakeRows.apply(x_BTHD, packed.to_padded, packed.to_packed)
+        x_BTHD = _Pad.apply(x_BTHD, packed.to_padded, packed.to_packed)
     return x_BTHD.reshape(len(packed.lengths), packed.longest, *x_BTHD.shape[2:]).transpose(1, 2)
 
 
@@ -155,7 +168,7 @@ def _unpad(x_BHLD: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
     x_BTHD = x_BHLD.transpose(1, 2).reshape(1, -1, x_BHLD.shape[1], x_BHLD.shape[3])
     if packed.is_uniform:
         return x_BTHD
-    return _TakeRows.apply(x_BTHD, packed.to_packed, packed.to_padded)
+    return _Unpad.apply(x_BTHD, packed.to_packed)
 
 
 def attention_with_lse(

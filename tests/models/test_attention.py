@@ -1,0 +1,165 @@
+"""Packed and shared-prefix attention against transformers' own attention, one sequence at a time, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fastft.models.attention import IMPLEMENTATION, DecodeCache, PackedSequences, Prefix, merge
+
+COMMON = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _opt():
+    return OPTForCausalLM(OPTConfig(ffn_dim=32, word_embed_proj_dim=24, max_position_embeddings=64, **COMMON))
+
+
+MODELS = {
+    "opt": _opt,
+    "llama-gqa": lambda: LlamaForCausalLM(LlamaConfig(intermediate_size=32, num_key_value_heads=2, **COMMON)),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=32, **COMMON)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(intermediate_size=32, num_key_value_heads=2, **COMMON)),
+}
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request):
+    torch.manual_seed(0)
+    model = MODELS[request.param]().double().eval()
+    # Default initialisation makes attention nearly uniform; sharpen it so that a wrong key would show.
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name or "query_key_value" in name:
+                p.mul_(20)
+    return model
+
+
+def tokens(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 97, (n,), generator=generator) for n in lengths]
+
+
+def reference(model, contexts, queries):
+    """Hidden states of each query behind its context, each sequence alone through torch's own attention."""
+    model.set_attn_implementation("sdpa")
+    rows = []
+    for context, query in zip(contexts, queries, strict=True):
+        hidden = model.get_decoder()(torch.cat([context, query])[None], use_cache=False).last_hidden_state[0]
+        rows.append(hidden[len(context) :])
+    model.set_attn_implementation(IMPLEMENTATION)
+    return torch.cat(rows)
+
+
+def run(model, queries, packed):
+    decoder = model.get_decoder()
+    ids = torch.cat(queries)[None]
+    return decoder(ids, position_ids=packed.position_ids, packed=packed, use_cache=False).last_hidden_state[0]
+
+
+def prefix_of(model, context):
+    prefix = Prefix()
+    run(model, [context], PackedSequences([len(context)], capture=prefix))
+    prefix.length = len(context)
+    return prefix
+
+
+def assert_close(actual, expected):
+    # RMSNorm computes in float32 whatever the model's dtype is.
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(5, 9, 1, 7), (6, 6), (1,)])
+def test_packed_sequences_do_not_see_each_other(model, lengths):
+    queries = tokens(*lengths)
+    expected = reference(model, [q[:0] for q in queries], queries)
+    assert_close(run(model, queries, PackedSequences(list(lengths))), expected)
+
+
+def test_gradient_of_packed_sequences(model):
+    """Every parameter's gradient, with sequences of different lengths (padding must not leak into it)."""
+    queries = tokens(5, 9, 1, 7)
+    seed = torch.randn(22, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    model.requires_grad_(True)
+    (reference(model, [q[:0] for q in queries], queries) * seed).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (run(model, queries, PackedSequences([5, 9, 1, 7])) * seed).sum().backward()
+    assert expected
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(
+                parameter.grad, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@torch.no_grad()
+def test_shared_prefixes(model):
+    """Two contexts in one pack, each shared by two ragged queries."""
+    first, second, *queries = tokens(17, 11, 5, 9, 1, 7)
+    expected = reference(model, [first, first, second, second], queries)
+    groups = [(prefix_of(model, first), 2), (prefix_of(model, second), 2)]
+    assert_close(run(model, queries, PackedSequences([5, 9, 1, 7], prefixes=groups)), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [(3, 1, 1), (1, 4)])
+def test_decode_cache(model, steps):
+    """Queries fed in pieces, of one token and of several, give the last piece's hidden states."""
+    context, a, b = tokens(13, 5, 5)
+    expected = reference(model, [context, context], [a, b]).view(2, 5, -1)
+    prefix, cache, done = prefix_of(model, context), DecodeCache(8), 0
+    for step in steps:
+        packed = PackedSequences([step, step], prefixes=[(prefix, 2)], cache=cache)
+        hidden = run(model, [a[done : done + step], b[done : done + step]], packed).view(2, step, -1)
+        packed.advance()
+        assert_close(hidden, expected[:, done : done + step])
+        done += step
+
+
+@torch.no_grad()
+def test_decode_cache_keeps_the_right_sequences(model):
+    queries = tokens(4, 6, 3)
+    full = reference(model, [q[:0] for q in queries], queries).split([4, 6, 3])
+    cache = DecodeCache(8)
+    packed = PackedSequences([3, 5, 2], cache=cache)
+    run(model, [q[:-1] for q in queries], packed)
+    packed.advance()
+    cache.keep(torch.tensor([2, 1]))
+    packed = PackedSequences([1, 1], cache=cache)
+    hidden = run(model, [queries[2][-1:], queries[1][-1:]], packed)
+    assert_close(hidden, torch.stack([full[2][-1], full[1][-1]]))
+
+
+def test_merge_of_a_part_that_sees_nothing():
+    o = torch.randn(3, 4)
+    nothing = torch.full((3,), -torch.inf)
+    torch.testing.assert_close(merge(o, torch.zeros(3), torch.zeros(3, 4), nothing), o)
+
+
+def test_prefixes_take_no_gradient(model):
+    context, query = tokens(5, 3)
+    with torch.no_grad():
+        prefix = prefix_of(model, context)
+    model.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        run(model, [query], PackedSequences([3], prefixes=[(prefix, 1)]))
+
+
+def test_errors_name_what_is_wrong(model):
+    model.set_attn_implementation(IMPLEMENTATION)
+    with pytest.raises(ValueError, match="lengths"):
+        PackedSequences([3, 0])
+    with pytest.raises(ValueError, match="do not cover 2 sequences"):
+        PackedSequences([3, 1], prefixes=[(Prefix(), 1)])
+    with pytest.raises(ValueError, match="packed=PackedSequences"):
+        model.get_decoder()(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
