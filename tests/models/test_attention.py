@@ -41,6 +41,7 @@ def model(request):
         for name, p in model.named_parameters():
             if "q_proj" in name or "k_proj" in name or "query_key_value" in name:
                 p.mul_(20)
+    model.set_attn_implementation(IMPLEMENTATION)
     return model
 
 
@@ -156,7 +157,6 @@ def test_prefixes_take_no_gradient(model):
 
 
 def test_errors_name_what_is_wrong(model):
-    model.set_attn_implementation(IMPLEMENTATION)
     with pytest.raises(ValueError, match="lengths"):
         PackedSequences([3, 0])
     with pytest.raises(ValueError, match="do not cover 2 sequences"):
