@@ -56,7 +56,7 @@ $(VENV)/.test: $(VENV)/.installed $(VENV)/.demo
 	@echo "install    test tools"; $(BIN)/python requirements/declared.py test | xargs -d '\n' $(PIP); touch $@
 
 constraints:
-	$(BIN)/pip freeze --exclude-editable --exclude fastft | sed 's/+cpu//' > requirements/constraints.txt
+	$(BIN)/pip freeze --exclude-editable --exclude fastft | grep -v -E '^(triton|nvidia)' | sed 's/+cpu//' > requirements/constraints.txt
 
 clean:
 	rm -rf build $(VENV) fastft/*.so *.egg-info
