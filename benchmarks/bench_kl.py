@@ -1,0 +1,228 @@
+"""log_softmax_kl, linear_log_softmax_kl, linear_topk_kl and linear_cross_entropy against their peers.
+
+python benchmarks/bench_kl.py --device cpu
+python benchmarks/bench_kl.py --device cuda --rows 2048 --hidden 7168 --json kl.json
+
+`eager` is PyTorch all in the inputs' dtype, `eager_float32` the same with the softmax in float32 (what we compare
+accuracy with), `compile` torch.compile of the latter, `three_products` only the matrix products that the fused op
+cannot do without. Liger's fused distillation always computes the head's weight gradient as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common
+
+import fastft.ops as ops
+from fastft.ops import reference
+
+
+def kl_loss(student, teacher, dtype=None):
+    student, teacher = F.log_softmax(student, -1, dtype=dtype), F.log_softmax(teacher, -1, dtype=dtype)
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def with_gradient(loss, leaf):
+    """(loss, gradient) of a function of one leaf."""
+
+    def run():
+        value = loss(leaf)
+        value.backward()
+        gradient, leaf.grad = leaf.grad, None
+        return value.detach(), gradient
+
+    return run
+
+
+def without_gradient(loss, leaf):
+    def run():
+        with torch.no_grad():
+            return (loss(leaf),)
+
+    return run
+
+
+def liger():
+    """The installed Liger-Kernel, or None."""
+    try:
+        import liger_kernel.chunked_loss
+        import liger_kernel.transformers
+    except ImportError:
+        return None
+    return liger_kernel
+
+
+def compiled(args, function):
+    return {} if args.no_compile else {"compile": torch.compile(function)}
+
+
+def log_softmax_kl(args, mode):
+    dtype = common.DTYPES[args.dtype]
+    torch.manual_seed(0)
+    teacher = (torch.randn(args.rows, args.vocab, device=args.device) * 3).to(dtype)
+    student = (teacher + torch.randn(args.rows, args.vocab, device=args.device)).to(dtype).requires_grad_()
+    wrap = with_gradient if mode == "forward+backward" else without_gradient
+    float32 = functools.partial(kl_loss, teacher=teacher, dtype=torch.float32)
+    losses = {
+        "eager": functools.partial(kl_loss, teacher=teacher),
+        "eager_float32": float32,
+        **compiled(args, float32),
+        "fastft": lambda s: ops.log_softmax_kl(s, teacher),
+    }
+    if (package := liger()) and args.device == "cuda":
+        kernel = package.transformers.LigerKLDIVLoss(log_target=True, reduction="batchmean")
+        losses["liger"] = lambda s: kernel(F.log_softmax(s, -1), F.log_softmax(teacher, -1))
+    passes = 5 if mode == "forward+backward" else 2  # forward reads two tensors; backward reads two, writes one
+    return common.Case(
+        name=f"log_softmax_kl {mode}",
+        shape={"rows": args.rows, "vocab": args.vocab},
+        implementations={name: wrap(loss, student) for name, loss in losses.items()},
+        reference=wrap(lambda s: reference.log_softmax_kl(s, teacher), student),
+        bytes=passes * student.numel() * student.element_size(),
+        # log_softmax in the dtype itself has an error of its own, which is what `fastft` avoids
+        tolerance={"eager": 0.2, "liger": 0.2},
+    )
+
+
+def head(args):
+    dtype = common.DTYPES[args.dtype]
+    torch.manual_seed(0)
+    weight = (torch.randn(args.vocab, args.hidden, device=args.device) / args.hidden**0.5 * 3).to(dtype)
+    teacher = torch.randn(args.rows, args.hidden, device=args.device).to(dtype)
+    student = (teacher + 0.3 * torch.randn(args.rows, args.hidden, device=args.device)).to(dtype).requires_grad_()
+    return student, teacher, weight
+
+
+def products(args, count):
+    """FLOPs of that many products of [rows, hidden] with the head, and the head's bytes for each read."""
+    return 2.0 * count * args.rows * args.hidden * args.vocab
+
+
+def linear_log_softmax_kl(args):
+    student, teacher, weight = head(args)
+
+    def eager(h, dtype=None):
+        return kl_loss(F.linear(h, weight), F.linear(teacher, weight), dtype)
+
+    logits = torch.empty(args.rows, args.vocab, device=args.device, dtype=weight.dtype).normal_()
+
+    def three_products():
+        with torch.no_grad():
+            return F.linear(student, weight), F.linear(teacher, weight), logits @ weight
+
+    float32 = functools.partial(eager, dtype=torch.float32)
+    implementations = {
+        "three_products": three_products,
+        **{
+            name: with_gradient(loss, student)
+            for name, loss in {
+                "eager": eager,
+                "eager_float32": float32,
+                **compiled(args, float32),
+                "fastft": lambda h: ops.linear_log_softmax_kl(h, teacher, weight),
+            }.items()
+        },
+    }
+    if package := liger():
+        loss = package.chunked_loss.LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=args.device == "cuda", chunk_size=256
+        )
+        labels = torch.zeros(args.rows, dtype=torch.int64, device=args.device)
+        implementations["liger"] = with_gradient(lambda h: loss(h, weight, teacher, weight, labels), student)
+    return common.Case(
+        name="linear_log_softmax_kl forward+backward",
+        shape={"rows": args.rows, "hidden": args.hidden, "vocab": args.vocab},
+        implementations=implementations,
+        reference=with_gradient(lambda h: reference.linear_log_softmax_kl(h, teacher, weight), student),
+        bytes=2.0 * weight.numel() * weight.element_size(),
+        flops=products(args, 3),
+        tolerance={"eager": 0.2, "liger": 0.2},
+        not_peers=("three_products",),
+    )
+
+
+def linear_cross_entropy(args):
+    student, teacher, weight = head(args)
+    labels = F.linear(teacher, weight).argmax(-1)
+    labels[::7] = -100
+
+    def eager(h, upcast=False):
+        logits = F.linear(h, weight)
+        return F.cross_entropy(logits.float() if upcast else logits, labels)
+
+    float32 = functools.partial(eager, upcast=True)
+    losses = {
+        "eager": eager,
+        "eager_float32": float32,
+        **compiled(args, float32),
+        "fastft": lambda h: ops.linear_cross_entropy(h, weight, labels),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        losses["torch_fused"] = lambda h: F.linear_cross_entropy(h, weight, labels)
+    if (package := liger()) and args.device == "cuda":
+        kernel = package.transformers.LigerFusedLinearCrossEntropyLoss()
+        losses["liger"] = lambda h: kernel(weight, h, labels)
+    return common.Case(
+        name="linear_cross_entropy forward+backward",
+        shape={"rows": args.rows, "hidden": args.hidden, "vocab": args.vocab},
+        implementations={name: with_gradient(loss, student) for name, loss in losses.items()},
+        reference=with_gradient(lambda h: reference.linear_cross_entropy(h, weight, labels), student),
+        bytes=2.0 * weight.numel() * weight.element_size(),
+        flops=products(args, 2),
+        tolerance={"eager": 0.2, "torch_fused": 0.2, "liger": 0.2},
+    )
+
+
+def linear_topk_kl(args):
+    student, teacher, weight = head(args)
+    log_probs, ids = torch.log_softmax(F.linear(teacher, weight).float(), -1).topk(args.k, -1)
+    labels = ids[:, 0].contiguous()
+
+    def eager(h):
+        return reference.linear_topk_kl(h, weight, ids, log_probs)
+
+    losses = {
+        "linear_cross_entropy": lambda h: ops.linear_cross_entropy(h, weight, labels),
+        "eager_float32": eager,
+        **compiled(args, eager),
+        "fastft": lambda h: ops.linear_topk_kl(h, weight, ids, log_probs),
+    }
+    return common.Case(
+        name="linear_topk_kl forward+backward",
+        shape={"rows": args.rows, "hidden": args.hidden, "vocab": args.vocab, "k": args.k},
+        implementations={name: with_gradient(loss, student) for name, loss in losses.items()},
+        reference=with_gradient(eager, student),
+        bytes=2.0 * weight.numel() * weight.element_size(),
+        flops=products(args, 2),
+        not_peers=("linear_cross_entropy",),
+    )
+
+
+def main() -> int:
+    p = common.parser(__doc__.splitlines()[0])
+    p.add_argument("--rows", type=int, default=512)
+    p.add_argument("--hidden", type=int, default=768)
+    p.add_argument("--vocab", type=int, default=50272)
+    p.add_argument("--k", type=int, default=64)
+    args = p.parse_args()
+    return common.main(
+        args,
+        [
+            functools.partial(log_softmax_kl, args, "forward"),
+            functools.partial(log_softmax_kl, args, "forward+backward"),
+            functools.partial(linear_log_softmax_kl, args),
+            functools.partial(linear_cross_entropy, args),
+            functools.partial(linear_topk_kl, args),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
