@@ -1,0 +1,165 @@
+"""Everything that needs a GPU, in one go and within a time limit: build, tests, compute-sanitizer, benchmarks.
+
+python benchmarks/gpu_suite.py --out DIR [--limit-s 540] [--skip build,bench_kl]
+
+Goes on past a part that fails or runs out of time and says so at the end. Writes DIR/<part>.log for every part,
+DIR/<bench>.json for every benchmark, and DIR/summary.json:
+{"device", "torch", "parts": [{"name", "status", "seconds", "detail"}]}, status one of ok, failed, timeout, skipped.
+Exit status 0 only if no part failed or timed out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A short run of every kernel, for compute-sanitizer: sizes that are no multiple of anything, rows that are not
+# aligned to 16 bytes, both block sizes.
+SANITIZED = """
+import torch
+from fastft import ops
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16):
+    for vocab in (1, 9, 1001, 8209):
+        wide = torch.randn(5, vocab + 3, device="cuda").to(dtype)
+        s = wide[:, 1 : vocab + 1].requires_grad_()
+        t = torch.randn(5, vocab, device="cuda").to(dtype)
+        for direction in ("forward", "reverse", "jsd"):
+            ops.log_softmax_kl(s, t, direction=direction).backward()
+        h = torch.randn(5, 16, device="cuda").to(dtype).requires_grad_()
+        w = torch.randn(vocab, 16, device="cuda").to(dtype)
+        ids = torch.stack([torch.randperm(vocab)[: min(vocab, 7)] for _ in range(5)]).cuda()
+        log_probs = torch.full(ids.shape, -2.5, device="cuda")
+        ops.linear_log_softmax_kl(h, h.detach() * 2, w, chunk_rows=2).backward()
+        ops.linear_topk_kl(h, w, ids, log_probs, chunk_rows=2).backward()
+        ops.linear_topk_kl(h, w, ids, log_probs, tail=False).backward()
+        ops.linear_cross_entropy(h, w, ids[:, 0], chunk_rows=2).backward()
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@dataclass
+class Part:
+    name: str
+    status: str
+    seconds: float
+    detail: str
+
+
+class Suite:
+    def __init__(self, out: Path, limit_s: float, skip: set[str]):
+        self.out, self.skip = out, skip
+        self.end = time.monotonic() + limit_s
+        self.parts: list[Part] = []
+
+    def run(self, name: str, command: list[str], share_s: float, env: dict[str, str] | None = None) -> bool:
+        """Runs a part for at most share_s, and never past the suite's end. True if it succeeded."""
+        if name in self.skip:
+            return self.note(name, "skipped", 0, "asked for")
+        timeout = min(share_s, self.end - time.monotonic())
+        if timeout < 5:
+            return self.note(name, "skipped", 0, "no time left")
+        print(f"== {name}: {' '.join(command)[:160]}", flush=True)
+        start = time.monotonic()
+        log = self.out / f"{name}.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+                start_new_session=True,  # so that a timeout ends its children too
+            )
+            try:
+                code = process.wait(timeout)
+                status = "ok" if code == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status, code = "timeout", None
+        lines = [x for x in log.read_text(errors="replace").splitlines() if x.strip()]
+        detail = lines[-1][:300] if lines else ""
+        if code:
+            detail = f"exit status {code}; {detail}"
+        return self.note(name, status, time.monotonic() - start, detail)
+
+    def note(self, name: str, status: str, seconds: float, detail: str) -> bool:
+        self.parts.append(Part(name, status, round(seconds, 1), detail))
+        print(f"   {name}: {status} in {seconds:.0f} s  {detail}", flush=True)
+        self.write()
+        return status == "ok"
+
+    def write(self) -> None:
+        summary = {"device": None, "torch": None, "parts": [asdict(p) for p in self.parts]}
+        info = self.out / "info.json"
+        if info.exists():
+            summary |= json.loads(info.read_text())
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+INFO = """
+import json, sys, torch
+from fastft import ops
+info = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "build": ops.build_info()}
+open(sys.argv[1], "w").write(json.dumps(info, indent=1, default=str))
+assert info["build"]["cuda"], info["build"]["cuda_reason"]
+assert info["build"]["torch_has_cuda_stream"], "this torch offers no CUDA stream"
+print(info["device"], info["torch"], info["build"]["cuda_archs"])
+"""
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--limit-s", type=float, default=540)
+    p.add_argument("--skip", default="", help="parts to leave out, comma-separated")
+    p.add_argument("--archs", default="90a", help="FASTFT_CUDA_ARCHS of the build here")
+    args = p.parse_args()
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    suite = Suite(args.out, args.limit_s, set(filter(None, args.skip.split(","))))
+    python = sys.executable
+
+    if shutil.which("nvcc"):
+        # Wheels for machines without a toolkit are built elsewhere; here one architecture is enough.
+        env = {"FASTFT_CUDA_ARCHS": args.archs, "FASTFT_CUDA": "1"}
+        suite.run("build", [python, "setup.py", "build_ext", "--inplace"], 240, env)
+    else:
+        # Building would replace an extension that was brought along by one without CUDA.
+        suite.note("build", "skipped", 0, "nvcc is not on PATH; using the extension that is there")
+    suite.run("info", [python, "-c", INFO, str(args.out / "info.json")], 60)
+    suite.run("test_ops", [python, "-m", "pytest", "-q", "tests/ops", "-k", "cuda or row_math or extension"], 240)
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck"):
+        if sanitizer:
+            suite.run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", SANITIZED], 90)
+        else:
+            suite.note(tool, "skipped", 0, "compute-sanitizer is not on PATH")
+    for bench in sorted(Path(__file__).parent.glob("bench_*.py")):
+        command = [python, str(bench), "--device", "cuda", "--json", str(args.out / f"{bench.stem}.json")]
+        if bench.stem == "bench_kl":
+            command += ["--rows", "2048", "--hidden", "7168"]
+        suite.run(bench.stem, command, 150)
+
+    suite.write()
+    bad = [p for p in suite.parts if p.status in ("failed", "timeout")]
+    for part in bad:
+        print(f"{part.status.upper()}: {part.name} ({part.detail}); see {args.out / part.name}.log")
+    print(f"{len(suite.parts) - len(bad)} of {len(suite.parts)} parts without failure; {args.out / 'summary.json'}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
