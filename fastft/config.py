@@ -86,6 +86,7 @@ class DataConfig(Section):
     )
     query_pattern: str = Field("Question: {question}\nAnswer:", description="what is asked after the context")
     answer_pattern: str = Field(" {answer}", description="what the answer looks like after the query")
+    answer_end: str = Field("\n", description="what follows an answer in training")
     window: WindowConfig = Field(default_factory=WindowConfig, description="documents longer than the window")
 
     @model_validator(mode="after")
@@ -112,23 +113,50 @@ class PassageConfig(Section):
         return self
 
 
+# Small models write better questions from examples than from an instruction.
+STUDY_EXAMPLES = """\
+Sentence: In 1912 the old bridge over the Tarn was rebuilt by Maria Olsen, a young engineer from Bergen.
+Question: Who rebuilt the old bridge over the Tarn?
+Answer: Maria Olsen
+
+Sentence: When the storm came, Peter hid the letters in the cellar because he feared that his uncle would find them.
+Question: Why did Peter hide the letters?
+Answer: He feared his uncle would find them
+
+Sentence: The company sells its cheese in round wooden boxes that hold three kilograms each.
+Question: What does the company sell its cheese in?
+Answer: Round wooden boxes
+
+"""
+
+
 class SelfStudyConfig(Section):
-    prompts: list[str] = Field(
-        ["Sentence: {sentence}\nQuestion: {opening}"],
-        min_length=1,
-        description="what makes the teacher write a question behind the context; taken in turn, and so are {sentence}, a "
-        "sentence of the document, and {opening}, one of openings",
+    count: NonNegativeInt = Field(96, description="questions per window that the teacher writes and answers; 0: none")
+    examples: str = Field(STUDY_EXAMPLES, description="what stands before prompt and answer_prompt")
+    prompt: str = Field(
+        "Sentence: {sentence}\nQuestion: {opening}",
+        description="what makes the teacher, behind the context, write a question: {sentence} is a sentence of the "
+        "document and {opening} one of openings, both taken in turn",
+    )
+    answer_prompt: str = Field(
+        "Sentence: {sentence}\nQuestion: {question}\nAnswer:",
+        description="what makes it answer; {question} and {sentence} are filled in",
     )
     openings: list[str] = Field(
-        ["Who", "What", "When", "Where", "Why", "How", "Which"],
+        ["", "Who", "", "What", "", "Why", "", "How", "", "Where", "", "When", "", "Which"],
         min_length=1,
-        description="words that a question opens with",
+        description="words that a question opens with; an empty one leaves the choice to the teacher",
     )
-    count: NonNegativeInt = Field(96, description="questions per window that the teacher writes and answers; 0: none")
     temperature: NonNegativeFloat = Field(0.7, description="sampling temperature of the questions")
     answer_temperature: NonNegativeFloat = Field(0.0, description="sampling temperature of the answers; 0 is greedy")
     max_question_tokens: PositiveInt = Field(32, description="longest question")
     max_answer_tokens: PositiveInt = Field(24, description="longest answer")
+
+    @model_validator(mode="after")
+    def _placeholders(self):
+        if "{question}" not in self.answer_prompt:
+            raise ValueError(f"answer_prompt must contain {{question}}, got {self.answer_prompt!r}")
+        return self
 
 
 class QueriesConfig(Section):

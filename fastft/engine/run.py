@@ -121,8 +121,8 @@ def run(config: Config) -> dict[str, Any]:
     tokens = sum(len(s.token_ids) for s in prepared.sequences)
     kinds = {k: sum(s.kind == k for s in prepared.sequences) for k in ("passage", "self_study", "question")}
     out.line(
-        f"prepare    {len(learned)} document{'s' if len(learned) > 1 else ''}, {len(prepared.windows)} contexts of up to "
-        f"{max(len(w.token_ids) for w in prepared.windows)} tokens; "
+        f"prepare    {len(learned)} document{'s' if len(learned) > 1 else ''}, {len(prepared.windows)} contexts of up "
+        f"to {max(len(w.token_ids) for w in prepared.windows)} tokens; "
         + ", ".join(f"{n} {k.replace('_', '-')}" for k, n in kinds.items() if n)
         + f" sequences, {tokens:,} tokens"
     )
@@ -191,8 +191,8 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
                 problem = f"output_dir={folder}: this run is complete; set overwrite=true to run it again"
         elif existing and not config.overwrite:
             problem = (
-                f"output_dir={folder} holds another run; set resume=auto to go on with it, overwrite=true to replace it, "
-                "or choose another folder"
+                f"output_dir={folder} holds another run; set resume=auto to go on with it, overwrite=true to "
+                "replace it, or choose another folder"
             )
         if problem is None:
             if existing and config.overwrite:
@@ -254,7 +254,11 @@ def prepare(
             index = len(windows)
             windows.append(window)
             sequences += passages(window, index, queries.passages, text.encode)
-            sequences += distill.gold_sequences(used, index, config, text)
+            sequences += [
+                distill.question_sequence("question", q.text, answer, index, config, text)
+                for q in used
+                for answer in q.answers
+            ]
         if scored:
             evaluated.append(question_set(document, own, scored, config, text))
     control = []
@@ -270,7 +274,9 @@ def prepare(
             for index, window in enumerate(windows):
                 pairs = cached_questions(config, base, window, ranks, phase.advance)
                 written += len(pairs)
-                sequences += distill.self_study_sequences(pairs, index, config, text)
+                sequences += [
+                    distill.question_sequence("self_study", q, answer, index, config, text) for q, answer in pairs
+                ]
     if not sequences:
         raise DataError("there is nothing to train on: the documents gave no passages and the teacher no questions")
     longest = max(len(s.token_ids) for s in sequences) + len(text.leading)
@@ -303,7 +309,7 @@ def question_set(
     )
 
 
-def cached_questions(config: Config, base: Base, window: Window, ranks: Ranks, advance) -> list[tuple[str, list[int]]]:
+def cached_questions(config: Config, base: Base, window: Window, ranks: Ranks, advance) -> list[tuple[str, str]]:
     """The teacher's questions about a window, from the cache folder or written now."""
     study = config.queries.self_study
     key = store_key(
@@ -322,7 +328,7 @@ def cached_questions(config: Config, base: Base, window: Window, ranks: Ranks, a
     )
     path = config.cache_path / "questions" / f"{key}.json"
     try:
-        pairs = [(q, list(a)) for q, a in json.loads(path.read_text(encoding="utf-8"))]
+        pairs = [(q, a) for q, a in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError):
         pairs = None
     if ranks.all(pairs is not None):

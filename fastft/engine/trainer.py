@@ -10,7 +10,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from fastft.config import Config
@@ -37,12 +36,6 @@ class Trainer:
 
     def __init__(self, lm: PackedCausalLM, trained: dict[str, nn.Parameter], config: Config, ranks: Ranks):
         self.config, self.ranks, self.trained = config, ranks, trained
-        if config.deepspeed.zero_stage == 3:
-            # A decoder layer is gathered and released as a whole: one hook a layer instead of one a module.
-            names = getattr(lm.model, "_no_split_modules", None) or ()
-            layers = {type(m) for m in lm.modules() if type(m).__name__ in names}
-            if layers and os.environ.get("LEAF"):
-                set_z3_leaf_modules(lm, list(layers))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=lm,
             optimizer=build_optimizer(list(trained.values()), config.train),

@@ -11,13 +11,14 @@ computed once, before training (`teach`).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
 import torch
 
 from fastft.config import Config, DistillConfig
-from fastft.data.sequences import Sequence, Window, answer_tokens, pack, question_prompt
+from fastft.data.sequences import Sequence, Window, pack, question_prompt
 from fastft.data.store import StoreWriter, TeacherStore
 from fastft.distributed import Ranks
 from fastft.models.attention import PackedSequences
@@ -25,63 +26,82 @@ from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
 from fastft.ops import linear_log_softmax_kl, linear_topk_kl
-from fastft.tasks import Question
 
 Advance = Callable[[int], None]  # progress: how many items are done
 
 
 def write_questions(
     lm: PackedCausalLM, window: Window, text: Text, config: Config, ranks: Ranks, *, seed: int, advance: Advance
-) -> list[tuple[str, list[int]]]:
-    """Self-study: the teacher, with the context, writes questions and answers them: (question, answer ids).
+) -> list[tuple[str, str]]:
+    """Self-study: the teacher, with the context, writes questions and answers them: (question, answer) pairs.
 
-    The answer ends with the token that ended it. Questions are sampled, each with noise from its own seed; batches hold
-    the same questions for any number of ranks, so the result is the same too.
+    Questions are sampled, each with noise from its own seed; batches hold the same questions for any number of ranks,
+    so the result is the same too.
     """
     study = config.queries.self_study
     sentences = split_sentences(window.text) or [window.text]
 
-    def ask(i: int) -> tuple[str, str]:
-        """The i-th prompt and the words of the question that it gives away."""
-        prompt = study.prompts[i % len(study.prompts)]
-        opening = study.openings[i % len(study.openings)] if "{opening}" in prompt else ""
-        return prompt.replace("{sentence}", sentences[i % len(sentences)]).replace("{opening}", opening), opening
+    def sentence(i: int) -> str:
+        return sentences[i % len(sentences)]
+
+    def opening(i: int) -> str:
+        return study.openings[i // len(sentences) % len(study.openings)]
 
     size = config.evaluate.batch_size
-    starts = list(range(0, study.count, size))
-    found: dict[int, tuple[str, list[int]]] = {}
-    for start, counts in ranks.lockstep(starts):
+    found: dict[int, tuple[str, str]] = {}
+    for start, counts in ranks.lockstep(list(range(0, study.count, size))):
         span = range(start, min(start + size, study.count))
-        prefix = lm.encode_prefix(window.token_ids)
-        written = generate(
+        asks = [fill(study.examples + study.prompt, sentence=sentence(i), opening=opening(i)) for i in span]
+        written = _continue(
             lm,
-            [text.encode(ask(i)[0]) for i in span],
+            window,
+            [text.encode(ask) for ask in asks],
             stop=lambda ids: text.ends_line(ids) or "?" in text.decode_token(ids[-1]),
             keep_stop=True,
             max_new_tokens=study.max_question_tokens,
-            prefix=prefix,
             temperature=study.temperature,
             seeds=[seed * 1_000_003 + i for i in span],
             ranks=ranks,
         )
-        questions = [clean_question(ask(i)[1] + text.decode(ids)) for i, ids in zip(span, written, strict=True)]
-        answers = generate(
+        questions = [
+            clean_question((opening(i) if "{opening}" in study.prompt else "") + text.decode(ids))
+            for i, ids in zip(span, written, strict=True)
+        ]
+        asks = [
+            fill(study.examples + study.answer_prompt, sentence=sentence(i), question=q or "?")
+            for i, q in zip(span, questions, strict=True)
+        ]
+        answers = _continue(
             lm,
-            [question_prompt(q or "?", config.data, text.encode) for q in questions],
+            window,
+            [text.encode(ask) for ask in asks],
             stop=text.ends_line,
-            keep_stop=True,
             max_new_tokens=study.max_answer_tokens,
-            prefix=prefix,
             temperature=study.answer_temperature,
             seeds=[seed * 1_000_003 + 500_000 + i for i in span],
             ranks=ranks,
         )
         if counts:
-            found |= {i: (q, a) for i, q, a in zip(span, questions, answers, strict=True) if q}
+            pairs = ((q, text.decode(a).strip()) for q, a in zip(questions, answers, strict=True))
+            found |= {i: (q, a) for i, (q, a) in zip(span, pairs, strict=True) if q and a}
             advance(len(span))
     merged = {i: pair for part in ranks.gather(found) for i, pair in part.items()}
-    unique = {(question, tuple(answer)): None for _, (question, answer) in sorted(merged.items())}
-    return [(question, list(answer)) for question, answer in unique]
+    return list(dict.fromkeys(pair for _, pair in sorted(merged.items())))
+
+
+def _continue(lm: PackedCausalLM, window: Window, prompts: list[list[int]], **options) -> list[list[int]]:
+    """`generate` behind the window; what all prompts begin with (an instruction, examples) is encoded once too."""
+    first, last = min(p[:-1] for p in prompts), max(p[:-1] for p in prompts)  # what these two share, all share
+    common = [a for a, _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False))]
+    prefix = lm.encode_prefix((*window.token_ids, *common))
+    return generate(lm, [p[len(common) :] for p in prompts], prefix=prefix, **options)
+
+
+def fill(pattern: str, **values: str) -> str:
+    """The pattern with {name} replaced by each value, and no space at its end for the next word to stumble over."""
+    for name, value in values.items():
+        pattern = pattern.replace(f"{{{name}}}", value)
+    return pattern.rstrip(" ")
 
 
 def clean_question(written: str) -> str:
@@ -96,24 +116,11 @@ def split_sentences(text: str) -> list[str]:
     return [s for s in (p.strip() for p in re.split(r"(?<=[.!?])\s+|\n+", text)) if len(s.split()) >= 4]
 
 
-def self_study_sequences(pairs: list[tuple[str, list[int]]], window: int, config: Config, text: Text) -> list[Sequence]:
-    return [
-        Sequence(window, "self_study", tuple(question_prompt(q, config.data, text.encode)), tuple(answer))
-        for q, answer in pairs
-    ]
-
-
-def gold_sequences(questions: list[Question], window: int, config: Config, text: Text) -> list[Sequence]:
-    return [
-        Sequence(
-            window,
-            "question",
-            tuple(question_prompt(q.text, config.data, text.encode)),
-            tuple(answer_tokens(answer, config.data, text.encode)),
-        )
-        for q in questions
-        for answer in q.answers
-    ]
+def question_sequence(kind: str, question: str, answer: str, window: int, config: Config, text: Text) -> Sequence:
+    """The question in the query pattern, continued by the answer and what ends it."""
+    prompt = question_prompt(question, config.data, text.encode)
+    completion = text.encode(config.data.answer_pattern.format(answer=answer) + config.data.answer_end)
+    return Sequence(window, kind, tuple(prompt), tuple(completion))
 
 
 def target_specs(config: DistillConfig, lm: PackedCausalLM) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

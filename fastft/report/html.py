@@ -32,8 +32,8 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
         f"{summary['trained_parameters']:,} trained parameters, {summary['seconds']['total']:.0f} s.</p>",
         _table(heads, rows) if rows else "<p>No questions: nothing was evaluated.</p>",
         "<p>NLL: negative log-likelihood of the gold answers in nats per token. Recovery: the share of the context's "
-        "effect that the trained parameters hold; 0 learned nothing, 1 equals the prompt. Control: the same for questions "
-        "about other documents; near 0 means that this document was learned, and not how answers look.</p>",
+        "effect that the trained parameters hold; 0 learned nothing, 1 equals the prompt. Control: the same for "
+        "questions about other documents; near 0 means that this document was learned, and not how answers look.</p>",
         "<h2>Training loss</h2>",
         curve([(m["step"], m["loss"]) for m in steps], "step", "KL, nats per position"),
     ]
@@ -46,9 +46,9 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
                     [
                         d["id"],
                         str(d["questions"]),
-                        *(f"{d[k]:.3f}" for k in ("nll_no_context", "nll_student", "nll_teacher")),
+                        *(f"{d[f'nll_{name}']:.3f}" for name in ("no_context", "student", "teacher")),
+                        number(d["recovery"]),
                     ]
-                    + [number(d["recovery"])]
                     for d in summary["documents"]
                 ],
             ),
