@@ -18,14 +18,18 @@
 namespace fastft {
 inline namespace FASTFT_TARGET {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 512;
 constexpr int kWarp = 32;
+// Of every kernel. The 1 matters: left to itself ptxas squeezes some kernels into 32 registers so that more
+// blocks fit on an SM, and spills (seen on sm_90a). 1024 threads spill too, on sm_120, which wants 72
+// registers.
+#define FASTFT_ROW_KERNEL __launch_bounds__(kMaxThreads, 1)
 // Elements that a thread takes at once: 16 bytes of a 16-bit type, 32 of float.
 constexpr int kElements = 8;
 
-// Threads of a block that works on a row of `vocab` elements. 1024 threads keep 256 rows of a chunk from
-// leaving an SM half empty; short rows would leave threads without a single load.
-inline int threads_for(int64_t vocab) { return vocab >= 8192 ? 1024 : 256; }
+// Threads of a block that works on a row of `vocab` elements: short rows would leave threads without a single
+// load. A multiple of the warp's size.
+inline int threads_for(int64_t vocab) { return vocab >= 4096 ? kMaxThreads : 128; }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -8,7 +8,7 @@ inline namespace FASTFT_TARGET {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(CrossEntropyArgs args) {
+__global__ void FASTFT_ROW_KERNEL cross_entropy_kernel(CrossEntropyArgs args) {
     const int64_t r = blockIdx.x;
     T* logits = static_cast<T*>(args.logits) + r * args.logits_stride;
     float* nll = static_cast<float*>(args.nll) + r;

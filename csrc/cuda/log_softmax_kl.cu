@@ -102,7 +102,7 @@ __device__ void row_grad(const T* student, const T* teacher, T* grad, int64_t vo
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) log_softmax_kl_kernel(LogSoftmaxKlArgs args, float c) {
+__global__ void FASTFT_ROW_KERNEL log_softmax_kl_kernel(LogSoftmaxKlArgs args, float c) {
     const int64_t r = blockIdx.x;
     const T* student = static_cast<const T*>(args.student) + r * args.student_stride;
     const T* teacher = static_cast<const T*>(args.teacher) + r * args.teacher_stride;
@@ -131,8 +131,7 @@ __global__ void __launch_bounds__(kMaxThreads) log_softmax_kl_kernel(LogSoftmaxK
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
-    log_softmax_kl_backward_kernel(LogSoftmaxKlBackwardArgs args, float c) {
+__global__ void FASTFT_ROW_KERNEL log_softmax_kl_backward_kernel(LogSoftmaxKlBackwardArgs args, float c) {
     const int64_t r = blockIdx.x;
     T* grad = static_cast<T*>(args.grad) + r * args.vocab;
     const float grad_kl = static_cast<const float*>(args.grad_kl)[r];

@@ -8,7 +8,7 @@ inline namespace FASTFT_TARGET {
 namespace {
 
 template <class Acc>
-__global__ void __launch_bounds__(kMaxThreads) row_reduce_kernel(RowReduceArgs args) {
+__global__ void FASTFT_ROW_KERNEL row_reduce_kernel(RowReduceArgs args) {
     const Acc* values = static_cast<const Acc*>(args.values);
     const Acc* weights = static_cast<const Acc*>(args.weights);
     double total = 0, mass = 0;

@@ -9,7 +9,7 @@ inline namespace FASTFT_TARGET {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) topk_kl_kernel(TopkKlArgs args, float c) {
+__global__ void FASTFT_ROW_KERNEL topk_kl_kernel(TopkKlArgs args, float c) {
     const int64_t r = blockIdx.x;
     T* logits = static_cast<T*>(args.logits) + r * args.logits_stride;
     const int64_t* ids = args.ids + r * args.k;
