@@ -48,5 +48,13 @@ def capability(request):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_threads():
+    """One thread: the tensors are tiny, and on a busy machine threads would spend minutes waiting for each other.
+
+    Tests in which threads matter set their own number.
+    """
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
