@@ -1,0 +1,74 @@
+"""The schema: every problem at once, the nearest key, and a stored config that loads back."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from fastft.config import describe, load_config, validate
+from fastft.errors import ConfigError
+from tests.conftest import ROOT
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("metod: distill\ntrain: {steps: 0, lr: fast}\npeft: {kind: lore, lr: 3}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["train.warmup_steps=-1"])
+    text = str(error.value)
+    for part in (
+        "output_dir: missing",
+        "metod: unknown key; did you mean method?",
+        "train.steps: got 0",
+        "train.lr: got 'fast'",
+        "peft.kind: got 'lore'",
+        "peft.lr: unknown key; did you mean train.lr?",
+        "train.warmup_steps: got -1",
+    ):
+        assert part in text
+    assert text.startswith(f"{path}: 7 problems")
+
+
+def test_overrides_and_round_trip(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: out\ntrain:\n  lr: 1e-3\n")
+    config = load_config(path, ["train.lr=5e-4", "data.documents=[0, second]", "peft.kind=bitfit"])
+    assert config.train.lr == 5e-4
+    assert config.data.documents == [0, "second"]
+    assert validate(yaml.safe_load(config.dump())) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n", "expected `key: value`"),
+        ("a: [", "not valid YAML"),
+        ("output_dir: a\noutput_dir: b\n", "stands twice"),
+        ("output_dir: a\ndistill: {targets: topk, temperature: 2.0}\n", "use targets=hidden"),
+        ("output_dir: a\ndeepspeed: {zero_stage: 1, offload_param: cpu}\n", "offload_param needs zero_stage=3"),
+        ("output_dir: a\ndata: {query_pattern: hello}\n", "must contain {question}"),
+        ("output_dir: a\noverwrite: true\nresume: auto\n", "exclude each other"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message.replace("{", r"\{").replace("}", r"\}")):
+        load_config(path)
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_every_key_is_described():
+    assert all(text for _, _, _, text in describe())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    load_config(path)
