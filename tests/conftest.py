@@ -116,7 +116,10 @@ def base_config(tmp_path, documents, tiny):
             "cache_dir": str(tmp_path / "cache"),
             "model": {"name_or_path": str(tiny(kind)), "dtype": "float32"},
             "data": {"path": str(documents), "documents": [0], "control_documents": 1},
-            "queries": {"passages": {"tokens": 16, "prompt_tokens": 6, "stride": 4}, "self_study": {"count": 4}},
+            "queries": {
+                "passages": {"tokens": 16, "prompt_tokens": 6, "stride": 4},
+                "self_study": {"count": 4, "examples": ""},
+            },
             "peft": {"kind": "lora", "r": 4},
             "train": {"steps": 4, "batch_size": 4, "warmup_steps": 1, "log_every": 1},
             "deepspeed": {"zero_stage": 0, "threads_per_rank": 1},

@@ -15,8 +15,6 @@ from fastft.tasks import Document
 Encode = Callable[[str], list[int]]
 Decode = Callable[[list[int]], str]
 
-QUERY_RESERVE = 256  # positions kept free behind a context for queries and answers
-
 
 @dataclass(frozen=True)
 class Window:
@@ -47,9 +45,16 @@ class Sequence:
 
 
 def make_windows(
-    document: Document, config: DataConfig, encode: Encode, decode: Decode, *, leading: list[int], positions: int | None
+    document: Document,
+    config: DataConfig,
+    encode: Encode,
+    decode: Decode,
+    *,
+    leading: list[int],
+    positions: int | None,
+    reserve: int,
 ) -> list[Window]:
-    """Split a document into windows that fit `positions` together with a query.
+    """Split a document into windows that leave `reserve` of the model's `positions` for what follows them.
 
     Raises DataError for a document that is longer where config.window.enabled is false.
     """
@@ -57,7 +62,7 @@ def make_windows(
     def fill(text: str) -> list[int]:
         return leading + encode(config.context_pattern.format(document=text, title=document.title))
 
-    room = None if positions is None else positions - QUERY_RESERVE
+    room = None if positions is None else positions - reserve
     limit = min((n for n in (config.window.tokens, room) if n is not None), default=None)
     whole = fill(document.text)
     if limit is None or len(whole) <= limit:
@@ -70,8 +75,9 @@ def make_windows(
     body = limit - len(fill("")) - 8  # a few spare: cutting and filling may tokenise differently
     if body <= config.window.overlap:
         raise DataError(
-            f"data.window: {limit} tokens less the context pattern leave {body} for the document, which must be more "
-            f"than data.window.overlap={config.window.overlap}"
+            f"data.window: of {limit} tokens the context pattern leaves {body} for document {document.id!r}, which must "
+            f"be more than data.window.overlap={config.window.overlap}; {reserve} of the model's {positions} positions "
+            "are kept for queries"
         )
     ids = encode(document.text)
     windows = []

@@ -244,11 +244,18 @@ def prepare(
     """Contexts, student sequences and scored questions as token ids."""
     text, data, queries = base.text, config.data, config.queries
     positions = loading.max_positions(base.lm.model)
+
+    def windows_of(document: Document) -> list[Window]:
+        reserve = distill.query_reserve(document, config, text)
+        return make_windows(
+            document, data, text.encode, text.decode, leading=text.leading, positions=positions, reserve=reserve
+        )
+
     windows: list[Window] = []
     sequences: list[Sequence] = []
     evaluated = []
     for document in learned:
-        own = make_windows(document, data, text.encode, text.decode, leading=text.leading, positions=positions)
+        own = windows_of(document)
         used, scored = split_questions(document, config)
         for window in own:
             index = len(windows)
@@ -266,7 +273,7 @@ def prepare(
     count = min(data.control_documents, len(others))
     for i in range(count):
         document = others[i * len(others) // count]
-        own = make_windows(document, data, text.encode, text.decode, leading=text.leading, positions=positions)
+        own = windows_of(document)
         control.append(question_set(document, own, list(document.questions), config, text))
     written = 0
     if queries.self_study.count:

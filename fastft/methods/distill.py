@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from fastft.config import Config, DistillConfig
-from fastft.data.sequences import Sequence, Window, pack, question_prompt
+from fastft.data.sequences import Sequence, Window, answer_tokens, pack, question_prompt
 from fastft.data.store import StoreWriter, TeacherStore
 from fastft.distributed import Ranks
 from fastft.models.attention import PackedSequences
@@ -26,6 +26,7 @@ from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
 from fastft.ops import linear_log_softmax_kl, linear_topk_kl
+from fastft.tasks import Document
 
 Advance = Callable[[int], None]  # progress: how many items are done
 
@@ -87,6 +88,21 @@ def write_questions(
             advance(len(span))
     merged = {i: pair for part in ranks.gather(found) for i, pair in part.items()}
     return list(dict.fromkeys(pair for _, pair in sorted(merged.items())))
+
+
+def query_reserve(document: Document, config: Config, text: Text) -> int:
+    """Positions that the longest sequence behind a context of this document may take: any query with its answer."""
+    study, needs = config.queries.self_study, [config.queries.passages.tokens]
+    for q in document.questions:
+        answer = max(len(answer_tokens(a, config.data, text.encode)) for a in q.answers)
+        needs.append(
+            len(question_prompt(q.text, config.data, text.encode)) + max(answer, config.evaluate.max_new_tokens)
+        )
+    if study.count:
+        sentence = max((len(text.encode(s)) for s in split_sentences(document.text)), default=0)
+        asked = len(text.encode(study.examples + max(study.prompt, study.answer_prompt, key=len)))
+        needs.append(asked + sentence + study.max_question_tokens + study.max_answer_tokens)
+    return max(needs) + 8  # a few spare: the parts joined may tokenise differently
 
 
 def _continue(lm: PackedCausalLM, window: Window, prompts: list[list[int]], **options) -> list[list[int]]:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from fastft.config import DataConfig, PassageConfig
-from fastft.data.sequences import QUERY_RESERVE, Sequence, batches, make_windows, passages
+from fastft.data.sequences import Sequence, batches, make_windows, passages
 from fastft.errors import DataError
 from fastft.tasks import Document
 
@@ -24,7 +24,7 @@ def decode(ids: list[int]) -> str:
 
 def windows(**window):
     config = DataConfig(window=window)
-    return make_windows(Document("d", "D", WORDS), config, encode, decode, leading=[7], positions=None)
+    return make_windows(Document("d", "D", WORDS), config, encode, decode, leading=[7], positions=None, reserve=0)
 
 
 def test_windows_cover_the_document_and_overlap():
@@ -50,7 +50,7 @@ def test_a_long_document_is_refused_where_windows_are_off():
     with pytest.raises(DataError, match="holds 60"):
         config = DataConfig(window={"enabled": False})
         document = Document("d", "D", WORDS)
-        make_windows(document, config, encode, decode, leading=[], positions=QUERY_RESERVE + 60)
+        make_windows(document, config, encode, decode, leading=[], positions=300, reserve=240)
 
 
 def test_passages_reach_every_token():
