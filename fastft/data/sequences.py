@@ -75,7 +75,7 @@ def make_windows(
     body = limit - len(fill("")) - 8  # a few spare: cutting and filling may tokenise differently
     if body <= config.window.overlap:
         raise DataError(
-            f"data.window: of {limit} tokens the context pattern leaves {body} for document {document.id!r}, which must "
+            f"data.window: of {limit} tokens the context pattern leaves {body} for document {document.id!r}; it must "
             f"be more than data.window.overlap={config.window.overlap}; {reserve} of the model's {positions} positions "
             "are kept for queries"
         )
