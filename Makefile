@@ -9,7 +9,7 @@ VENV ?= .venv
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check install -qq --constraint requirements/constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 export HF_HUB_DISABLE_TELEMETRY := 1
 
