@@ -154,7 +154,9 @@ def run(config: Config) -> dict[str, Any]:
         after = {}
         for name, sets in (("evaluated", prepared.evaluated), ("control", prepared.control)):
             if sets:
-                after[name] = run_evaluation(config, base, sets, ranks, out, name="student", in_context=False)
+                after[name] = run_evaluation(
+                    config, base, sets, ranks, out, name="student", in_context=False, answers=name == "evaluated"
+                )
     tensors = trainer.trained_tensors()
     summary = summarize(config, prepared, before, after, history)
     if ranks.is_first:
@@ -402,7 +404,15 @@ def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Rep
 
 
 def run_evaluation(
-    config: Config, base: Base, sets: list[QuestionSet], ranks: Ranks, out: Reporter, *, name: str, in_context: bool
+    config: Config,
+    base: Base,
+    sets: list[QuestionSet],
+    ranks: Ranks,
+    out: Reporter,
+    *,
+    name: str,
+    in_context: bool,
+    answers: bool = False,
 ) -> list[Scores]:
     with out.phase(name, sum(len(s.prompts) for s in sets), "questions") as phase:
         return evaluate(
@@ -412,7 +422,7 @@ def run_evaluation(
             ranks,
             in_context=in_context,
             batch_size=config.evaluate.batch_size,
-            max_new_tokens=config.evaluate.max_new_tokens if config.evaluate.answers else None,
+            max_new_tokens=config.evaluate.max_new_tokens if answers and config.evaluate.answers else None,
             advance=phase.advance,
         )
 
@@ -424,9 +434,15 @@ def evaluate_base(
     scores: dict[str, dict[str, list[Scores]]] = {}
     for name, sets in (("evaluated", prepared.evaluated), ("control", prepared.control)):
         if sets:
+            # The control is a likelihood; answers are generated for the evaluated questions alone.
+            options = {"answers": name == "evaluated"}
             scores[name] = {
-                "no_context": run_evaluation(config, base, sets, ranks, out, name="no context", in_context=False),
-                "teacher": run_evaluation(config, base, sets, ranks, out, name="in context", in_context=True),
+                "no_context": run_evaluation(
+                    config, base, sets, ranks, out, name="no context", in_context=False, **options
+                ),
+                "teacher": run_evaluation(
+                    config, base, sets, ranks, out, name="in context", in_context=True, **options
+                ),
             }
     return scores
 
