@@ -141,12 +141,12 @@ class Result:
 
 @pytest.fixture
 def launch(tmp_path):
-    """Run a config: in this process, or with several processes (or launcher=True) through the deepspeed launcher."""
+    """Run a config: in this process, or with several processes through the deepspeed launcher."""
 
-    def run(raw: dict, *overrides: str, processes: int = 1, launcher: bool = False) -> Result:
+    def run(raw: dict, *overrides: str, processes: int = 1) -> Result:
         path = tmp_path / f"config-{len(list(tmp_path.glob('config-*')))}.yaml"
         path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-        if processes > 1 or launcher:
+        if processes > 1:
             return _launch(["--cfg", str(path), *overrides], processes, tmp_path)
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         out, err = io.StringIO(), io.StringIO()

@@ -91,10 +91,6 @@ class Phase:
                 f"{self.name:<10} {self.done}/{self.total} {self.unit}  {_gib(memory_bytes())}  {left:.0f} s left"
             )
 
-    def line(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        self.reporter.line(text)
-
     def close(self) -> None:
         if self.bar:
             self.bar.stop()

@@ -38,7 +38,7 @@ from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, t
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
-from fastft.report import write_report
+from fastft.report import before_after, write_report
 from fastft.tasks import Document, Question, load_documents, select
 
 
@@ -167,7 +167,7 @@ def run(config: Config) -> dict[str, Any]:
         summary["trained_parameters"] = number
         write_json(output_dir / "summary.json", summary)
         write_report(output_dir, config, summary)
-        out.show(result_table(summary))
+        out.show(before_after(summary))
         if tensors:
             out.line(f"adapter    {output_dir / 'adapter'}")
         out.line(f"report     {output_dir / 'report.html'}")
@@ -629,13 +629,6 @@ def summarize(
         summary["control_recovery"] = recovery(control["no_context"], control["student"], control["teacher"])
         summary["control_documents"] = [s.document for s in prepared.control]
     return summary
-
-
-def result_table(summary: dict[str, Any]):
-    """The before/after table as people see it."""
-    from fastft.report.table import before_after
-
-    return before_after(summary)
 
 
 def write_json(path: Path, value: Any) -> None:

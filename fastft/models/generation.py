@@ -25,7 +25,6 @@ def generate(
     temperature: float = 0.0,
     seeds: list[int] | None = None,
     keep_stop: bool = False,
-    forbid_first: torch.Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> list[list[int]]:
     """New tokens for each prompt; the one that stops it is left out unless keep_stop.
@@ -35,7 +34,6 @@ def generate(
     temperature 0 takes the most likely token; otherwise softmax(logits / temperature) is sampled by inverse
     transform with one uniform number per token from a generator per sequence, so a sequence's noise depends on its
     own seed alone and not on what it is batched with.
-    forbid_first: ids [n] that may not be the first new token (no empty answers).
     ranks: where all ranks must run the same number of forwards (ZeRO-3); one that is done goes on with dummy steps.
     """
     if temperature < 0:
@@ -58,8 +56,6 @@ def generate(
         last = torch.tensor(packed.lengths, device=device).cumsum(0) - 1
         logits = lm(input_ids, packed, lambda hidden, weight, last=last: (hidden[last] @ weight.t()).float())
         packed.advance()
-        if step == 0 and forbid_first is not None:
-            logits[:, forbid_first] = -torch.inf
         if temperature == 0:
             chosen = logits.argmax(-1)
         else:
