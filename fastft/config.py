@@ -202,6 +202,9 @@ class PeftConfig(Section):
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="lora: names of linear modules, or all-linear (all but the head)"
     )
+    lora_plus_ratio: PositiveFloat = Field(
+        1.0, description="lora: learning rate of lora_B over that of lora_A (LoRA+, arXiv 2402.12354); 1: the same"
+    )
     add_biases: bool = Field(False, description="bitfit: add zero biases to linear layers of a model that has none")
 
 

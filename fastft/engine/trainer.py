@@ -10,6 +10,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from fastft.config import Config
@@ -18,7 +19,7 @@ from fastft.distributed import Ranks
 from fastft.engine import deepspeed_config
 from fastft.errors import FastftError
 from fastft.models.causal import PackedCausalLM
-from fastft.optim import build_optimizer, learning_rate
+from fastft.optim import LR_SCALE, build_optimizer, learning_rate
 
 LossFn = Callable[[list[int]], torch.Tensor]  # example indices -> loss summed over their target positions
 
@@ -36,9 +37,11 @@ class Trainer:
 
     def __init__(self, lm: PackedCausalLM, trained: dict[str, nn.Parameter], config: Config, ranks: Ranks):
         self.config, self.ranks, self.trained = config, ranks, trained
+        if config.deepspeed.zero_stage == 3:
+            gather_by_layer(lm)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=lm,
-            optimizer=build_optimizer(list(trained.values()), config.train),
+            optimizer=build_optimizer(trained, config.train, config.peft),
             config=deepspeed_config.derive(config, ranks.world_size),
         )
         self.lm: PackedCausalLM = self.engine.module
@@ -53,7 +56,7 @@ class Trainer:
         """
         lr = learning_rate(number, self.config.train)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[LR_SCALE]
         self.engine.train()
         share = self.ranks.world_size * len(micro_batches)
         mean, asked = 0.0, 0.0
@@ -110,6 +113,28 @@ class Trainer:
         if loaded is None:
             raise FastftError(f"{path}: this checkpoint is incomplete")
         return state["fastft_step"]
+
+
+def gather_by_layer(lm: PackedCausalLM) -> None:
+    """Make ZeRO-3 gather and release a whole decoder layer at a time, not each of its linears.
+
+    A layer's parameters then come in one collective, and the hooks run once a layer instead of a dozen times.
+    """
+    for layer in lm.layers:
+        set_z3_leaf_module(layer, True)
+    # DeepSpeed reduces such a layer's gradients when the gradient of its input is there. Where the input needs none
+    # (the embeddings are frozen) that hook fires before the layer's backward has run, so the first trained layer's
+    # input is made to need one.
+    for layer in lm.layers:
+        if any(p.requires_grad for p in layer.parameters()):
+            layer.register_forward_pre_hook(_require_input_grad)
+            break
+
+
+def _require_input_grad(module: nn.Module, args: tuple) -> tuple:
+    if not torch.is_grad_enabled() or args[0].requires_grad:
+        return args
+    return args[0].detach().requires_grad_(), *args[1:]
 
 
 class NonFiniteStep(Exception):

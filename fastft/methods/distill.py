@@ -11,7 +11,6 @@ computed once, before training (`teach`).
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable
 
@@ -48,15 +47,17 @@ def write_questions(
     def opening(i: int) -> str:
         return study.openings[i // len(sentences) % len(study.openings)]
 
+    # The examples stand in front of every prompt: they are encoded once, with the window.
+    prefix = lm.encode_prefix((*window.token_ids, *text.encode(study.examples)))
     size = config.evaluate.batch_size
     found: dict[int, tuple[str, str]] = {}
     for start, counts in ranks.lockstep(list(range(0, study.count, size))):
         span = range(start, min(start + size, study.count))
-        asks = [fill(study.examples + study.prompt, sentence=sentence(i), opening=opening(i)) for i in span]
-        written = _continue(
+        asks = [fill(study.prompt, sentence=sentence(i), opening=opening(i)) for i in span]
+        written = generate(
             lm,
-            window,
             [text.encode(ask) for ask in asks],
+            prefix=prefix,
             stop=lambda ids: text.ends_line(ids) or "?" in text.decode_token(ids[-1]),
             keep_stop=True,
             max_new_tokens=study.max_question_tokens,
@@ -69,13 +70,13 @@ def write_questions(
             for i, ids in zip(span, written, strict=True)
         ]
         asks = [
-            fill(study.examples + study.answer_prompt, sentence=sentence(i), question=q or "?")
+            fill(study.answer_prompt, sentence=sentence(i), question=q or "?")
             for i, q in zip(span, questions, strict=True)
         ]
-        answers = _continue(
+        answers = generate(
             lm,
-            window,
             [text.encode(ask) for ask in asks],
+            prefix=prefix,
             stop=text.ends_line,
             max_new_tokens=study.max_answer_tokens,
             temperature=study.answer_temperature,
@@ -103,14 +104,6 @@ def query_reserve(document: Document, config: Config, text: Text) -> int:
         asked = len(text.encode(study.examples + max(study.prompt, study.answer_prompt, key=len)))
         needs.append(asked + sentence + study.max_question_tokens + study.max_answer_tokens)
     return max(needs) + 8  # a few spare: the parts joined may tokenise differently
-
-
-def _continue(lm: PackedCausalLM, window: Window, prompts: list[list[int]], **options) -> list[list[int]]:
-    """`generate` behind the window; what all prompts begin with (an instruction, examples) is encoded once too."""
-    first, last = min(p[:-1] for p in prompts), max(p[:-1] for p in prompts)  # what these two share, all share
-    common = [a for a, _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False))]
-    prefix = lm.encode_prefix((*window.token_ids, *common))
-    return generate(lm, [p[len(common) :] for p in prompts], prefix=prefix, **options)
 
 
 def fill(pattern: str, **values: str) -> str:

@@ -52,6 +52,12 @@ class PackedCausalLM(nn.Module):
         return hidden if head_fn is None else self.head(hidden, head_fn)
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        kinds = self.model._no_split_modules or ()
+        return [module for module in self.model.modules() if type(module).__name__ in kinds]
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

@@ -6,21 +6,36 @@ import math
 
 import torch
 
-from fastft.config import TrainConfig
+from fastft.config import PeftConfig, TrainConfig
+
+LR_SCALE = "lr_scale"  # in a parameter group: its learning rate over the schedule's
 
 
-def build_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over the trained parameters."""
+def build_optimizer(
+    trained: dict[str, torch.nn.Parameter], config: TrainConfig, peft: PeftConfig
+) -> torch.optim.Optimizer:
+    """The configured optimizer over the trained parameters (by name).
+
+    With peft.lora_plus_ratio each lora_B learns that much faster than its lora_A: B starts at zero and has fan-in r, A
+    has the layer's width, so one rate is too small for B or too large for A (LoRA+, Hayou et al. 2024, arXiv
+    2402.12354).
+    """
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    is_fast = {name: name.endswith(".lora_B") and peft.lora_plus_ratio != 1 for name in trained}
+    parameters = [
+        {"params": [p for name, p in trained.items() if is_fast[name] == fast], LR_SCALE: scale}
+        for fast, scale in ((False, 1.0), (True, peft.lora_plus_ratio))
+        if fast in is_fast.values()
+    ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        return torch.optim.AdamW(parameters, fused=True, **settings)
     import bitsandbytes  # slow to import; only the 8-bit optimizer needs it
 
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of optimizer step `step` (from 1): linear warm-up, then decay to zero after the last step."""
+    """The schedule's rate at optimizer step `step` (from 1): linear warm-up, then decay to zero after the last."""
     if step <= config.warmup_steps:
         return config.lr * step / (config.warmup_steps + 1)
     done = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

@@ -1,0 +1,81 @@
+"""The files of a run's folder, each complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastft.config import Config
+from fastft.distributed import Ranks
+from fastft.engine.trainer import list_checkpoints
+from fastft.errors import FastftError
+
+
+def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
+    """Make the run's folder and write config.yaml; returns the checkpoint to resume from, if any.
+
+    Raises FastftError where another run is there and neither overwrite nor resume is set.
+    """
+    problem, checkpoint = None, None
+    if ranks.is_first:
+        existing = (folder / "config.yaml").is_file()
+        if folder.is_dir() and any(folder.iterdir()) and not existing:
+            problem = f"output_dir={folder}: the folder holds something other than a run; choose another or empty it"
+        elif existing and config.resume == "auto":
+            found = list_checkpoints(folder / "checkpoints")
+            checkpoint = found[-1] if found else None
+            if checkpoint is None and (folder / "summary.json").is_file():
+                problem = f"output_dir={folder}: this run is complete; set overwrite=true to run it again"
+        elif existing and not config.overwrite:
+            problem = (
+                f"output_dir={folder} holds another run; set resume=auto to go on with it, overwrite=true to "
+                "replace it, or choose another folder"
+            )
+        if problem is None:
+            if existing and config.overwrite:
+                for name in ("adapter", "checkpoints"):
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                for name in ("metrics.jsonl", "summary.json", "report.html"):
+                    (folder / name).unlink(missing_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "config.yaml", config.dump())
+            except OSError as error:
+                problem = f"output_dir={folder}: cannot be written: {error.strerror}"
+    problem, checkpoint = ranks.gather((problem, checkpoint))[0]
+    if problem:
+        raise FastftError(problem)
+    return checkpoint
+
+
+class Metrics:
+    """metrics.jsonl: a line a step; a resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, first: int, enabled: bool):
+        self.path = path if enabled else None
+        if enabled:
+            kept = []
+            if first and path.is_file():
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    if line.strip() and json.loads(line)["step"] <= first:
+                        kept.append(line + "\n")
+            write_text(path, "".join(kept))
+
+    def write(self, **values: Any) -> None:
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
