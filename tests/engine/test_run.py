@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from fastft import peft
+from fastft.config import PeftConfig
+from fastft.data.store import TeacherStore
+from fastft.models.attention import PackedSequences
+from fastft.models.causal import PackedCausalLM
+from fastft.models.loading import load_model
 from tests.conftest import ROOT, clean_environment, losses
 
 
@@ -50,7 +57,11 @@ def test_processes_and_zero_stages_agree(base_config, launch, tmp_path):
     """1 and 2 processes, ZeRO-0 and ZeRO-3: the same losses over 20 steps, and the same evaluation."""
     reference = None
     for processes, stage in ((1, 0), (1, 3), (2, 0), (2, 3)):
-        raw = base_config(train={"steps": 20, "batch_size": 5}, deepspeed={"zero_stage": stage})
+        raw = base_config(
+            peft={"lora_plus_ratio": 4.0},
+            train={"steps": 20, "batch_size": 5},
+            deepspeed={"zero_stage": stage},
+        )
         raw["output_dir"] = str(tmp_path / f"run-{processes}-{stage}")
         raw["cache_dir"] = str(tmp_path / f"cache-{processes}")
         ok(launch(raw, processes=processes))
@@ -62,8 +73,19 @@ def test_processes_and_zero_stages_agree(base_config, launch, tmp_path):
             assert found[1][key] == pytest.approx(reference[1][key], rel=1e-4)
 
 
+def test_zero_3_trains_the_upper_layers_alone(base_config, launch, tmp_path):
+    """Nothing below the first trained layer needs a gradient, whose hooks DeepSpeed waits for."""
+    found = []
+    for stage in (0, 3):
+        raw = base_config(peft={"target_modules": ["layers.1.mlp.down_proj"]}, deepspeed={"zero_stage": stage})
+        raw["output_dir"] = str(tmp_path / f"run-{stage}")
+        ok(launch(raw))
+        found.append(torch.tensor(losses(Path(raw["output_dir"]))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+
+
 def test_adapter_loads_in_peft_without_fastft(base_config, launch, tmp_path, tiny):
-    """PeftModel in a process that never imports fastft gives the trained student's answer likelihood."""
+    """PeftModel in a process that never imports fastft gives the student's logits and answer likelihood."""
     raw = base_config(train={"steps": 8, "lr": 1e-2}, evaluate={"answers": False})
     ok(launch(raw))
     prompts = tmp_path / "prompts.json"
@@ -76,16 +98,19 @@ base = AutoModelForCausalLM.from_pretrained({str(tiny("llama"))!r}, dtype=torch.
 tokenizer = AutoTokenizer.from_pretrained({str(tiny("llama"))!r})
 model = PeftModel.from_pretrained(base, {raw["output_dir"] + "/adapter"!r}).eval()
 nll = count = 0
+written = []
 for prompt, answers in json.load(open({str(prompts)!r})):
     for answer in answers:
         head = tokenizer(prompt).input_ids
         tail = tokenizer(answer, add_special_tokens=False).input_ids
         with torch.no_grad():
             logits = model(torch.tensor([head + tail])).logits[0]
+        written.append((head + tail, logits))
         at = torch.arange(len(head) - 1, len(head) + len(tail) - 1)
         nll -= logits.log_softmax(-1)[at, torch.tensor(tail)].sum().item()
         count += len(tail)
 assert not any(m.split(".")[0] == "fastft" for m in sys.modules)
+torch.save(written, {str(tmp_path / "logits.pt")!r})
 print(nll / count)
 """
     result = subprocess.run(
@@ -101,6 +126,18 @@ print(nll / count)
     assert abs(summary["nll_student"] - summary["nll_no_context"]) > 1e-2  # the adapter does something
     assert float(result.stdout.split()[-1]) == pytest.approx(summary["nll_student"], rel=1e-5)
 
+    model = load_model(str(tiny("llama")), dtype="float32")
+    trained = peft.inject(model, PeftConfig(r=4))
+    saved = load_file(Path(raw["output_dir"]) / "adapter" / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[f"base_model.model.{name}.weight"])
+        lm = PackedCausalLM(model)
+        for token_ids, logits in torch.load(tmp_path / "logits.pt"):
+            packed = PackedSequences([len(token_ids)])
+            ours = lm(torch.tensor([token_ids]), packed, lambda hidden, weight: hidden @ weight.t())
+            torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
+
 
 def _questions_of(path: Path) -> list:
     record = json.loads(path.read_text().splitlines()[0])
@@ -108,7 +145,6 @@ def _questions_of(path: Path) -> list:
 
 
 def test_bitfit_trains_biases_but_not_the_key_projections(base_config, launch):
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     from fastft.peft.files import load_biases
@@ -196,6 +232,28 @@ def test_non_finite_loss_names_the_step_and_keeps_a_checkpoint(base_config, laun
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "NonFiniteLossError" in result.stderr and "the loss is" in result.stderr  # caught before the update
     assert not (Path(raw["output_dir"]) / "summary.json").exists()
+
+
+def test_a_planted_nan_is_found_in_its_example(base_config, launch, monkeypatch):
+    """A target that is not a number: the message names the step, the example and its document; the state stays."""
+    true_rows = TeacherStore.rows
+
+    def rows(self, example):
+        found = true_rows(self, example)
+        return {name: torch.full_like(t, torch.nan) for name, t in found.items()} if example == 2 else found
+
+    monkeypatch.setattr(TeacherStore, "rows", rows)
+    raw = base_config(train={"steps": 30, "batch_size": 2, "save_every": 1})
+    result = launch(raw)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "from example 2 (passage, document 'the-mill': " in result.stderr, result.stderr
+    done = losses(Path(raw["output_dir"]))
+    assert f"step {len(done) + 1}: the loss is nan" in result.stderr
+    kept = [p.name for p in (Path(raw["output_dir"]) / "checkpoints").glob("step_*")]
+    assert kept == ([f"step_{len(done)}"] if done else [])
+    monkeypatch.undo()
+    ok(launch(raw, f"resume={'auto' if done else 'never'}", f"overwrite={'false' if done else 'true'}"))
+    assert len(losses(Path(raw["output_dir"]))) == 30
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,39 @@
+"""Parameter groups and schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.config import PeftConfig, TrainConfig
+from fastft.optim import LR_SCALE, build_optimizer, learning_rate
+
+
+def parameters() -> dict[str, torch.nn.Parameter]:
+    return {f"{layer}.{kind}": torch.nn.Parameter(torch.ones(2)) for layer in "ab" for kind in ("lora_A", "lora_B")}
+
+
+def test_lora_plus_scales_the_rate_of_lora_B_alone():
+    trained = parameters()
+    groups = build_optimizer(trained, TrainConfig(), PeftConfig(lora_plus_ratio=8.0)).param_groups
+    scale = {id(p): group[LR_SCALE] for group in groups for p in group["params"]}
+    assert {name: scale[id(p)] for name, p in trained.items()} == {
+        "a.lora_A": 1.0,
+        "a.lora_B": 8.0,
+        "b.lora_A": 1.0,
+        "b.lora_B": 8.0,
+    }
+
+
+def test_without_lora_plus_there_is_one_group():
+    groups = build_optimizer(parameters(), TrainConfig(), PeftConfig()).param_groups
+    assert [(len(g["params"]), g[LR_SCALE]) for g in groups] == [(4, 1.0)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_schedule_warms_up_and_decays_to_almost_zero(schedule):
+    config = TrainConfig(steps=20, warmup_steps=4, lr=1.0, schedule=schedule)
+    rates = [learning_rate(step, config) for step in range(1, 21)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == 1.0 if schedule == "constant" else 0 < rates[-1] < 0.1
