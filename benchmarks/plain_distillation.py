@@ -94,7 +94,6 @@ def main() -> None:
                 stop_strings=["\n", "<|im_end|>", "?"] if options.get("do_sample") else ["\n", "<|im_end|>"],
                 tokenizer=tokenizer,
                 pad_token_id=tokenizer.pad_token_id,
-                top_k=0,
                 **options,
             )
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -138,7 +137,9 @@ def main() -> None:
     seconds = {"context": time.perf_counter() - began}
 
     began = time.perf_counter()
-    asked = answer_with_context([ASKS[a.pattern]] * a.questions, do_sample=True, temperature=1.0, max_new_tokens=40)
+    asked = answer_with_context(
+        [ASKS[a.pattern]] * a.questions, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=40
+    )
     asked = [q for q in dict.fromkeys(asked) if q.endswith("?")]
     answers = answer_with_context([question_pattern.format(q) for q in asked], do_sample=False, max_new_tokens=24)
     seconds["questions"] = time.perf_counter() - began

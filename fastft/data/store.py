@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from fastft.errors import FastftError
 
 FORMAT = 1
+STALE_SECONDS = 7 * 24 * 3600  # an unfinished store that nobody touched for so long is abandoned
 
 
 def store_key(description: dict[str, Any]) -> str:
@@ -71,10 +73,20 @@ class TeacherStore:
 class StoreWriter:
     """Builds a store. Of several ranks the first calls `create` and `finish`, all call `write`, barriers between."""
 
-    def __init__(self, folder: Path, specs: dict[str, tuple[tuple[int, ...], torch.dtype]], lengths: list[int]):
-        """specs: name -> (shape of one row, dtype); lengths: target positions of each sequence."""
+    def __init__(
+        self,
+        folder: Path,
+        specs: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        lengths: list[int],
+        *,
+        run: str = "",
+    ):
+        """specs: name -> (shape of one row, dtype); lengths: target positions of each sequence.
+
+        run: a name of this run, the same on all its ranks; two runs may build one store at the same time.
+        """
         self.folder = folder
-        self.partial = folder.with_name(f".{folder.name}.partial")
+        self.partial = folder.with_name(f".{folder.name}.{run}.partial")
         self.offsets = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
         self.specs = {
             name: {
@@ -99,7 +111,9 @@ class StoreWriter:
                 f"the teacher store takes {_gib(self.nbytes)}, but {self.folder.parent} has {_gib(free)} free; free "
                 "some, set cache_dir to another disk, or store less (distill.targets=topk, distill.loss_on=completion)"
             )
-        shutil.rmtree(self.partial, ignore_errors=True)
+        for stale in self.folder.parent.glob(f".{self.folder.name}.*.partial"):  # of runs that were killed
+            if stale == self.partial or time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(stale, ignore_errors=True)
         self.partial.mkdir()
         try:
             for name, spec in self.specs.items():
@@ -129,6 +143,9 @@ class StoreWriter:
             progress()
         index = {"format": FORMAT, "description": description, "arrays": self.specs, "offsets": self.offsets}
         (self.partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        if TeacherStore.open(self.folder) is not None:  # another run was first, with the same content
+            shutil.rmtree(self.partial)
+            return
         shutil.rmtree(self.folder, ignore_errors=True)  # a store that failed its checksum
         os.replace(self.partial, self.folder)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import socket
 from dataclasses import dataclass
 
 from fastft.config import Config
@@ -209,7 +211,8 @@ def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Rep
     if ranks.all(store is not None):
         return store, True
     lengths = [len(s.target_positions(d.loss_on)) for s in prepared.sequences]
-    writer = StoreWriter(folder, distill.target_specs(d, base.lm), lengths)
+    run = ranks.gather(f"{socket.gethostname()}-{os.getpid()}")[0]
+    writer = StoreWriter(folder, distill.target_specs(d, base.lm), lengths, run=run)
     problem = None
     if ranks.is_first:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -74,3 +76,26 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_keys_follow_the_content():
     assert store_key({"a": 1, "b": [1, 2]}) == store_key({"b": [1, 2], "a": 1}) != store_key({"a": 1, "b": [2, 1]})
+
+
+def test_two_runs_may_build_one_store(tmp_path):
+    """Neither disturbs the other; the second to finish finds the first's."""
+    writers = [StoreWriter(tmp_path / "key", {"x": ((1,), torch.float32)}, [2], run=run) for run in "ab"]
+    for writer in writers:
+        writer.create()
+    for writer in writers:
+        writer.write(0, {"x": torch.tensor([[1.0], [2.0]])})
+    for writer in writers:
+        writer.finish({})
+    assert TeacherStore.open(tmp_path / "key").rows(0)["x"].flatten().tolist() == [1.0, 2.0]
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
+def test_what_a_killed_run_left_is_cleared_later(tmp_path):
+    left = tmp_path / ".key.killed.partial"
+    left.mkdir()
+    write(tmp_path / "key")
+    assert left.exists()  # it may be another run's
+    os.utime(left, (0, 0))
+    write(tmp_path / "key")
+    assert not left.exists()

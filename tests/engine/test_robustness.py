@@ -1,0 +1,76 @@
+"""DeepSpeed's options, and runs that die."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT, clean_environment, losses
+from tests.engine.test_run import ok
+
+
+def test_offload_changes_nothing_but_where_tensors_live(base_config, launch, tmp_path):
+    found = []
+    for name, settings in (
+        ("plain", {"zero_stage": 0}),
+        ("offload", {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}),
+    ):
+        raw = {**base_config(deepspeed=settings), "output_dir": str(tmp_path / name)}
+        ok(launch(raw))
+        found.append(torch.tensor(losses(Path(raw["output_dir"]))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+
+
+def test_eight_bit_adamw_follows_adamw(base_config, launch, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    found = []
+    for name in ("adamw", "adamw_8bit"):
+        raw = {**base_config(train={"optimizer": name, "steps": 6}), "output_dir": str(tmp_path / name)}
+        ok(launch(raw))
+        found.append(torch.tensor(losses(Path(raw["output_dir"]))))
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0)
+
+
+def test_a_deepspeed_file_of_ones_own_is_merged(base_config, launch, tmp_path):
+    own = tmp_path / "ds.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 1000}, "dump_state": False}))
+    ok(launch(base_config(deepspeed={"zero_stage": 3, "config_file": str(own)})))
+    own.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
+    refused = launch(base_config(deepspeed={"config_file": str(own)}), "overwrite=true")
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    for said in ("train_batch_size: set train.batch_size", "zero_optimization.stage: set deepspeed.zero_stage"):
+        assert said in refused.stderr
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(base_config, launch, tmp_path):
+    raw = base_config(train={"steps": 40, "batch_size": 2, "save_every": 5}, evaluate={"answers": False})
+    path = tmp_path / "killed.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "fastft" / "train.py"), "--cfg", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=clean_environment(),
+    )
+    folder = Path(raw["output_dir"])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((folder / "checkpoints").glob("step_*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert not (folder / "summary.json").exists()
+    resumed = launch(raw, "resume=auto")
+    ok(resumed)
+    assert "resume     from step" in resumed.stdout
+    straight = {**raw, "output_dir": str(tmp_path / "straight")}
+    ok(launch(straight))
+    assert losses(folder) == losses(tmp_path / "straight")
+    assert len(losses(folder)) == 40
