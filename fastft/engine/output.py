@@ -13,6 +13,8 @@ from fastft.distributed import Ranks
 from fastft.engine.trainer import list_checkpoints
 from fastft.errors import FastftError
 
+RESULTS = ("adapter", "checkpoints", "metrics.jsonl", "summary.json", "report.html")
+
 
 def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
     """Make the run's folder and write config.yaml; returns the checkpoint to resume from, if any.
@@ -21,8 +23,10 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
     """
     problem, checkpoint = None, None
     if ranks.is_first:
-        existing = (folder / "config.yaml").is_file()
-        if folder.is_dir() and any(folder.iterdir()) and not existing:
+        ours = (folder / "config.yaml").is_file()
+        # A run that failed before its first step has left nothing but its config: there is nothing to protect.
+        existing = ours and any((folder / name).exists() for name in RESULTS)
+        if folder.is_dir() and any(folder.iterdir()) and not ours:
             problem = f"output_dir={folder}: the folder holds something other than a run; choose another or empty it"
         elif existing and config.resume == "auto":
             found = list_checkpoints(folder / "checkpoints")
@@ -36,10 +40,11 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
             )
         if problem is None:
             if existing and config.overwrite:
-                for name in ("adapter", "checkpoints"):
-                    shutil.rmtree(folder / name, ignore_errors=True)
-                for name in ("metrics.jsonl", "summary.json", "report.html"):
-                    (folder / name).unlink(missing_ok=True)
+                for name in RESULTS:
+                    if (folder / name).is_dir():
+                        shutil.rmtree(folder / name)
+                    else:
+                        (folder / name).unlink(missing_ok=True)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "config.yaml", config.dump())
@@ -49,6 +54,20 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
     if problem:
         raise FastftError(problem)
     return checkpoint
+
+
+def check_room(folder: Path, trained_numel: int, trained_bytes: int, config: Config) -> None:
+    """Raise FastftError, before any step is paid for, where the disk cannot hold what the run is going to write."""
+    checkpoint = trained_bytes + 12 * trained_numel  # float32 master, m and v
+    kept = config.train.keep_checkpoints + 1 if config.train.save_every else 1  # a stopped run writes one too
+    needed = trained_bytes + kept * checkpoint
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FastftError(
+            f"output_dir={folder}: the adapter and {kept} checkpoint{'s' if kept > 1 else ''} take "
+            f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; free some, choose another disk, or lower "
+            "train.keep_checkpoints"
+        )
 
 
 class Metrics:
@@ -77,5 +96,9 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -92,9 +92,18 @@ class Trainer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.ranks.barrier()
-        self.engine.save_checkpoint(
-            str(partial), tag="state", client_state={"fastft_step": step}, exclude_frozen_parameters=True
-        )
+        try:
+            self.engine.save_checkpoint(
+                str(partial), tag="state", client_state={"fastft_step": step}, exclude_frozen_parameters=True
+            )
+        except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(folder).free / 2**20
+            last = list_checkpoints(folder)
+            raise FastftError(
+                f"the checkpoint of step {step} cannot be written to {folder} ({free:.0f} MiB free): "
+                f"{str(error).splitlines()[0]}. The last complete one is {last[-1] if last else 'none'}"
+            ) from error
         self.ranks.barrier()
         if self.ranks.is_first:
             shutil.rmtree(target, ignore_errors=True)

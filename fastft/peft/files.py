@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.config import PeftConfig
-from fastft.errors import ModelError
+from fastft.errors import FastftError, ModelError
 
 
 def save_adapter(
@@ -84,6 +85,8 @@ def _atomically(path: Path, write) -> None:
         write(partial)
         os.chmod(partial, 0o644)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(partial)
+        if isinstance(error, SafetensorError):  # its own kind for what is an OSError elsewhere
+            raise FastftError(f"{path} cannot be written: {error}") from error
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,3 +75,27 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(base_config, launch, tmp_
     ok(launch(straight))
     assert losses(folder) == losses(tmp_path / "straight")
     assert len(losses(folder)) == 40
+
+
+def test_a_disk_without_room_for_the_adapter_is_told_before_the_first_step(base_config, launch, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    raw = base_config()
+    result = launch({**raw, "distill": {"targets": "topk", "top_k": 1}, "queries": {"self_study": {"count": 0}}})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the adapter and 1 checkpoint take" in result.stderr and "MiB are free" in result.stderr
+    assert not (Path(raw["output_dir"]) / "metrics.jsonl").exists()
+    monkeypatch.undo()
+    ok(launch(raw))  # the folder of a run that never began is not in the way
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_message(base_config, launch, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 56832 vs 56720")
+
+    monkeypatch.setattr(torch, "save", fail)
+    raw = base_config(train={"save_every": 2})
+    result = launch(raw)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the checkpoint of step 2 cannot be written" in result.stderr
+    assert list((Path(raw["output_dir"]) / "checkpoints").iterdir()) == []
