@@ -15,6 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from fastft.models import attention
 from fastft.models.attention import IMPLEMENTATION, DecodeCache, PackedSequences, Prefix, merge
 
 COMMON = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -30,6 +31,13 @@ MODELS = {
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=32, **COMMON)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(intermediate_size=32, num_key_value_heads=2, **COMMON)),
 }
+
+
+@pytest.fixture(autouse=True, params=["materialised", "flash"])
+def path(request, monkeypatch):
+    """Both of the CPU's ways: few scores are materialised, many go through torch's flash kernel."""
+    if request.param == "flash":
+        monkeypatch.setattr(attention, "MATERIALISED_SCORES", 0)
 
 
 @pytest.fixture(params=list(MODELS))
