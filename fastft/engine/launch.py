@@ -11,6 +11,7 @@ import warnings
 import torch
 
 from fastft.distributed import Ranks
+from fastft.errors import FastftError
 
 
 def quiet() -> None:
@@ -51,5 +52,12 @@ def start(threads_per_rank: int | None) -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise FastftError(
+            f"the processes cannot meet at {address}: {str(error).splitlines()[0]} If another run uses this port, "
+            "choose one: deepspeed --master_port PORT fastft/train.py ..."
+        ) from error
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)

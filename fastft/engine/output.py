@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,14 @@ RESULTS = ("adapter", "checkpoints", "metrics.jsonl", "summary.json", "report.ht
 
 
 def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
-    """Make the run's folder and write config.yaml; returns the checkpoint to resume from, if any.
+    """Make the run's folder; returns the checkpoint to resume from, if any. What another run left there stays so far.
 
     Raises FastftError where another run is there and neither overwrite nor resume is set.
     """
     problem, checkpoint = None, None
     if ranks.is_first:
-        ours = (folder / "config.yaml").is_file()
-        # A run that failed before its first step has left nothing but its config: there is nothing to protect.
-        existing = ours and any((folder / name).exists() for name in RESULTS)
-        if folder.is_dir() and any(folder.iterdir()) and not ours:
+        existing = any((folder / name).exists() for name in RESULTS)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
             problem = f"output_dir={folder}: the folder holds something other than a run; choose another or empty it"
         elif existing and config.resume == "auto":
             found = list_checkpoints(folder / "checkpoints")
@@ -39,21 +38,27 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
                 "replace it, or choose another folder"
             )
         if problem is None:
-            if existing and config.overwrite:
-                for name in RESULTS:
-                    if (folder / name).is_dir():
-                        shutil.rmtree(folder / name)
-                    else:
-                        (folder / name).unlink(missing_ok=True)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / "config.yaml", config.dump())
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
             except OSError as error:
                 problem = f"output_dir={folder}: cannot be written: {error.strerror}"
     problem, checkpoint = ranks.gather((problem, checkpoint))[0]
     if problem:
         raise FastftError(problem)
     return checkpoint
+
+
+def begin_results(config: Config, folder: Path, checkpoint: Path | None) -> None:
+    """Just before the first step: write config.yaml and, unless a checkpoint goes on, remove another run's results."""
+    if checkpoint is None:
+        for name in RESULTS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    write_text(folder / "config.yaml", config.dump())
 
 
 def check_room(folder: Path, trained_numel: int, trained_bytes: int, config: Config) -> None:

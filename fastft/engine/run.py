@@ -14,7 +14,7 @@ from fastft import peft
 from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine.launch import start
-from fastft.engine.output import check_room, open_output_dir, write_json
+from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
 from fastft.engine.prepare import Base, Prepared, load_base, prepare, teach
 from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.trainer import Trainer
@@ -89,6 +89,9 @@ def run(config: Config) -> dict[str, Any]:
         f"parameters ({100 * number / count:.3f} %), {config.train.steps} steps of {config.train.batch_size} sequences"
     )
     check_room(output_dir, number, sum(p.nbytes for p in trained.values()), config)
+    if ranks.is_first:
+        begin_results(config, output_dir, resumed)
+    ranks.barrier()
     trainer = Trainer(base.lm, trained, config, ranks)
 
     def student(sets: list[QuestionSet], answers: bool) -> list[Scores]:

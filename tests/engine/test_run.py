@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -275,6 +276,37 @@ def test_bad_input_gets_one_message(base_config, launch, change, message):
     assert message in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
     assert not (Path(raw["output_dir"]) / "summary.json").exists()
+
+
+def test_results_stay_until_the_run_that_replaces_them_begins(base_config, launch):
+    raw = base_config()
+    ok(launch(raw))
+    before = summary_of(raw)
+    failed = launch(raw, "overwrite=true", "peft.target_modules=[nope]")
+    assert failed.returncode == 1
+    assert summary_of(raw) == before
+    assert (
+        yaml.safe_load((Path(raw["output_dir"]) / "config.yaml").read_text())["peft"]["target_modules"] == "all-linear"
+    )
+
+
+def test_a_port_in_use_is_one_message(base_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(base_config()))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**clean_environment(), **told, "MASTER_PORT": str(taken.getsockname()[1])}
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "fastft" / "train.py"), "--cfg", str(path)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "deepspeed --master_port PORT" in result.stderr
 
 
 def test_another_run_in_the_folder_is_not_touched(base_config, launch):
