@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go and within a time limit: build, tests, compute-sanitizer, benchmarks.
+"""Everything that needs a GPU, in one go and within a time limit: build, tests, sanitizer, training, benchmarks.
 
 python benchmarks/gpu_suite.py --out DIR [--limit-s 540] [--skip build,bench_kl]
 
@@ -147,6 +147,17 @@ def main() -> int:
             suite.run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", SANITIZED], 90)
         else:
             suite.note(tool, "skipped", 0, "compute-sanitizer is not on PATH")
+    suite.run("test_trainer", [python, "-m", "pytest", "-q", "tests/models", "tests/methods", "tests/engine"], 240)
+    model = args.out / "opt-1.3b"
+    suite.run("model", [python, str(ROOT / "benchmarks/random_model.py"), "opt-1.3b", str(model)], 60)
+    train = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "fastft/train.py"]
+    train += ["--cfg", "configs/quickstart.yaml", f"model.name_or_path={model}", "model.random_weights=true"]
+    train += ["queries.self_study.count=0", "queries.passages.stride=8", "train.steps=20", "train.batch_size=32"]
+    for kind, stage in (("lora", 0), ("lora", 3), ("bitfit", 3)):
+        name = f"train_{kind}_zero{stage}"
+        own = [f"peft.kind={kind}", f"deepspeed.zero_stage={stage}", f"output_dir={args.out / name}"]
+        suite.run(name, [*train, *own, f"cache_dir={args.out / 'cache'}"], 90)
+    shutil.rmtree(args.out / "cache", ignore_errors=True)
     for bench in sorted(Path(__file__).parent.glob("bench_*.py")):
         command = [python, str(bench), "--device", "cuda", "--json", str(args.out / f"{bench.stem}.json")]
         if bench.stem == "bench_kl":

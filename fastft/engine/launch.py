@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import socket
 import sys
 import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import torch
 
@@ -20,6 +23,8 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed does not warn that it had to guess
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)\..*")
@@ -52,8 +57,11 @@ def start(threads_per_rank: int | None) -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    if os.environ["RANK"] == "0" and device.type == "cpu" and not _shared_memory_op_is_built():
+        print("start      DeepSpeed compiles its shared-memory communication, once (about 20 s)", flush=True)
     try:
-        deepspeed.init_distributed(verbose=False)
+        with redirect_stdout(io.StringIO()):  # it reports that build every time
+            deepspeed.init_distributed(verbose=False)
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise FastftError(
@@ -61,3 +69,10 @@ def start(threads_per_rank: int | None) -> Ranks:
             "choose one: deepspeed --master_port PORT fastft/train.py ..."
         ) from error
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def _shared_memory_op_is_built() -> bool:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return any(root.rglob("deepspeed_shm_comm.so"))
