@@ -73,7 +73,7 @@ def _say(message: str) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.cfg, arguments.overrides)
-    from fastft.engine.launch import quiet
+    from fastft.engine.quiet import quiet
 
     quiet()
     from fastft.engine.run import run
@@ -83,7 +83,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from fastft.engine.launch import quiet
+    from fastft.engine.quiet import quiet
 
     quiet()
     from fastft.doctor import doctor

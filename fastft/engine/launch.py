@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import socket
-import sys
-import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -15,20 +12,6 @@ import torch
 
 from fastft.distributed import Ranks
 from fastft.errors import FastftError
-
-
-def quiet() -> None:
-    """Keep the libraries' chatter out of the run's output; errors still show."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed does not warn that it had to guess
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)\..*")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def start(threads_per_rank: int | None) -> Ranks:
