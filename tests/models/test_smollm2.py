@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
+from fastft.config import Config
 from fastft.models import loading
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
@@ -23,7 +23,7 @@ QUERIES = [
 def test_smollm2_behind_a_shared_prefix_gives_the_logits_of_transformers():
     from transformers import AutoModelForCausalLM
 
-    path = loading.resolve("smollm2-135m", Path("~/.cache/fastft").expanduser())
+    path = loading.resolve("smollm2-135m", Config(output_dir="unused").cache_path)
     tokenizer = loading.load_tokenizer(path)
     lm = PackedCausalLM(loading.load_model(path, dtype="float32"))
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
