@@ -73,6 +73,8 @@ def _say(message: str) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.cfg, arguments.overrides)
+    if os.environ.get("RANK", "0") == "0":  # before the imports, which take seconds
+        print(f"fastft     {config.method}: {arguments.cfg} -> {config.output_dir}", flush=True)
     from fastft.engine.quiet import quiet
 
     quiet()
