@@ -91,7 +91,7 @@ def _version(name: str) -> str | None:
 
 def _attention(gpu: bool) -> str:
     flash = "flash-attn is not used yet" if _version("flash-attn") else "flash-attn is not installed"
-    device = "GPU: torch's flash and memory-efficient kernels" if gpu else "CPU: torch's flash kernel"
+    device = "GPU: torch's flash and memory-efficient kernels" if gpu else "CPU: torch's flash kernel, plain products for short packs"
     return f"packed sequences and shared prefixes; {device} ({flash})"
 
 
