@@ -91,7 +91,9 @@ def _version(name: str) -> str | None:
 
 def _attention(gpu: bool) -> str:
     flash = "flash-attn is not used yet" if _version("flash-attn") else "flash-attn is not installed"
-    device = "GPU: torch's flash and memory-efficient kernels" if gpu else "CPU: torch's flash kernel, plain products for short packs"
+    on_cpu = "torch's flash kernel, plain products for short packs"
+    on_gpu = "torch's flash and memory-efficient kernels"
+    device = f"GPU: {on_gpu}" if gpu else f"CPU: {on_cpu}"
     return f"packed sequences and shared prefixes; {device} ({flash})"
 
 
