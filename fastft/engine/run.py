@@ -83,10 +83,10 @@ def run(config: Config) -> dict[str, Any]:
 
     torch.manual_seed(config.seed)
     trained = peft.inject(base.lm.model, config.peft)
-    number = sum(p.numel() for p in trained.values())
+    number, total_number = (sum(p.numel() for p in group) for group in (trained.values(), base.lm.parameters()))
     out.line(
-        f"train      {config.peft.kind}: {number:,} of {count + (number if config.peft.kind != 'full' else 0):,} "
-        f"parameters ({100 * number / count:.3f} %), {config.train.steps} steps of {config.train.batch_size} sequences"
+        f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "
+        f"({100 * number / total_number:.3f} %), {config.train.steps} steps of {config.train.batch_size} sequences"
     )
     check_room(output_dir, number, sum(p.nbytes for p in trained.values()), config)
     if ranks.is_first:
