@@ -55,6 +55,8 @@ class Prepared:
 
 def load_base(config: Config, ranks: Ranks) -> Base:
     m = config.model
+    if m.dtype == "float16" and ranks.device.type == "cpu":
+        raise FastftError("model.dtype=float16 needs a GPU; on the CPU use bfloat16 or float32")
     if ranks.is_first:
         path = loading.resolve(m.name_or_path, config.cache_path)
     ranks.barrier()

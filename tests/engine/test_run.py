@@ -267,6 +267,11 @@ def test_a_planted_nan_is_found_in_its_example(base_config, launch, monkeypatch)
         ({"data": {"documents": [99]}}, "no document 99"),
         ({"data": {"window": {"enabled": False, "tokens": 10}}}, "window.enabled=true"),
         ({"peft": {"target_modules": ["nope"]}}, "no linear layer is named 'nope'"),
+        pytest.param(
+            {"model": {"dtype": "float16"}},
+            "float16 needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has float16"),
+        ),
     ],
 )
 def test_bad_input_gets_one_message(base_config, launch, change, message):
@@ -307,6 +312,19 @@ def test_a_port_in_use_is_one_message(base_config, tmp_path):
         )
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "deepspeed --master_port PORT" in result.stderr
+
+
+def test_a_document_without_questions_is_distilled_too(base_config, launch, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text(
+        json.dumps({"id": "a", "title": "A", "text": "The mill at Orrin was built in 1804. It burned twice."})
+    )
+    raw = base_config(data={"path": str(path), "documents": None, "control_documents": 0})
+    result = launch(raw)
+    ok(result)
+    assert "nothing was evaluated" in result.stdout
+    assert summary_of(raw)["recovery"] is None
+    assert (Path(raw["output_dir"]) / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_another_run_in_the_folder_is_not_touched(base_config, launch):
