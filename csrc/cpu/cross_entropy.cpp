@@ -39,16 +39,7 @@ void rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void cross_entropy_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
-    switch (args.dtype) {
-        case DType::Float64:
-            return rows<double>(args, begin, end);
-        case DType::Float32:
-            return rows<float>(args, begin, end);
-        case DType::BFloat16:
-            return rows<BFloat16>(args, begin, end);
-        case DType::Float16:
-            return rows<Float16>(args, begin, end);
-    }
+    dispatch_dtype(args.dtype, [&](auto element) { rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace FASTFT_TARGET

@@ -146,29 +146,11 @@ void backward_rows(const LogSoftmaxKlBackwardArgs& args, int64_t begin, int64_t 
 }  // namespace
 
 void log_softmax_kl_rows(const LogSoftmaxKlArgs& args, int64_t begin, int64_t end) {
-    switch (args.dtype) {
-        case DType::Float64:
-            return forward_rows<double>(args, begin, end);
-        case DType::Float32:
-            return forward_rows<float>(args, begin, end);
-        case DType::BFloat16:
-            return forward_rows<BFloat16>(args, begin, end);
-        case DType::Float16:
-            return forward_rows<Float16>(args, begin, end);
-    }
+    dispatch_dtype(args.dtype, [&](auto element) { forward_rows<decltype(element)>(args, begin, end); });
 }
 
 void log_softmax_kl_backward_rows(const LogSoftmaxKlBackwardArgs& args, int64_t begin, int64_t end) {
-    switch (args.dtype) {
-        case DType::Float64:
-            return backward_rows<double>(args, begin, end);
-        case DType::Float32:
-            return backward_rows<float>(args, begin, end);
-        case DType::BFloat16:
-            return backward_rows<BFloat16>(args, begin, end);
-        case DType::Float16:
-            return backward_rows<Float16>(args, begin, end);
-    }
+    dispatch_dtype(args.dtype, [&](auto element) { backward_rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace FASTFT_TARGET

@@ -87,16 +87,7 @@ void rows(const TopkKlArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void topk_kl_rows(const TopkKlArgs& args, int64_t begin, int64_t end) {
-    switch (args.dtype) {
-        case DType::Float64:
-            return rows<double>(args, begin, end);
-        case DType::Float32:
-            return rows<float>(args, begin, end);
-        case DType::BFloat16:
-            return rows<BFloat16>(args, begin, end);
-        case DType::Float16:
-            return rows<Float16>(args, begin, end);
-    }
+    dispatch_dtype(args.dtype, [&](auto element) { rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace FASTFT_TARGET

@@ -431,5 +431,20 @@ inline double fold(const RunningSum<V>& s) {
     return total;
 }
 
+// f(element) with a value of the type that `dtype` names.
+template <class F>
+inline void dispatch_dtype(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::Float64:
+            return f(double());
+        case DType::Float32:
+            return f(float());
+        case DType::BFloat16:
+            return f(BFloat16());
+        case DType::Float16:
+            return f(Float16());
+    }
+}
+
 }  // namespace FASTFT_TARGET
 }  // namespace fastft

@@ -135,6 +135,21 @@ __device__ Number block_sum(Number x) {
     return block_reduce(x, Number(0), [](Number& a, const Number& b) { a += b; });
 }
 
+// max x and log2 sum exp2(c * (x - max)) over a row, the same in all threads of the block.
+template <class T>
+__device__ RowStats<float> softmax_stats(const T* row, int64_t vocab, bool aligned, float c) {
+    SoftmaxState<float> state, identity;
+    state.init();
+    identity.init();
+    for_elements(vocab, [&](int64_t i, int64_t left) {
+        float x[kElements];
+        load_elements(row + i, left, aligned, x);
+        state.update(x, c);
+    });
+    return stats(block_reduce(state, identity,
+                              [c](SoftmaxState<float>& a, const SoftmaxState<float>& b) { merge(a, b, c); }));
+}
+
 inline void check_launch(const char* kernel, int64_t rows, int64_t vocab) {
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) {

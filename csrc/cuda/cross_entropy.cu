@@ -22,19 +22,9 @@ __global__ void FASTFT_ROW_KERNEL cross_entropy_kernel(CrossEntropyArgs args) {
     }
     const float c = static_cast<float>(kLog2E);
     const bool aligned = is_aligned(logits);
-    SoftmaxState<float> state, identity;
-    state.init();
-    identity.init();
-    for_elements(args.vocab, [&](int64_t i, int64_t left) {
-        float x[kElements];
-        load_elements(logits + i, left, aligned, x);
-        state.update(x, c);
-    });
     const float label_logit = to_float(logits[label]);
     // The barriers inside also keep the label's logit from being overwritten before all have read it.
-    state = block_reduce(state, identity,
-                         [c](SoftmaxState<float>& a, const SoftmaxState<float>& b) { merge(a, b, c); });
-    const RowStats<float> row = stats(state);
+    const RowStats<float> row = softmax_stats(logits, args.vocab, aligned, c);
     const float log_p = log2_prob(label_logit, row.max, row.log2_sum, c) * static_cast<float>(kLn2);
     if (threadIdx.x == 0) *nll = -log_p;
     if (!args.write_grad) return;

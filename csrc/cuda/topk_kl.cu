@@ -41,17 +41,7 @@ __global__ void FASTFT_ROW_KERNEL topk_kl_kernel(TopkKlArgs args, float c) {
     RowStats<float> tail{0, 0};
     float student_tail = 0, teacher_tail = 0;
     if (args.tail) {
-        SoftmaxState<float> state, identity;
-        state.init();
-        identity.init();
-        for_elements(args.vocab, [&](int64_t i, int64_t left) {
-            float x[kElements];
-            load_elements(logits + i, left, aligned, x);
-            state.update(x, log2e);
-        });
-        tail = stats(block_reduce(
-            state, identity,
-            [log2e](SoftmaxState<float>& a, const SoftmaxState<float>& b) { merge(a, b, log2e); }));
+        tail = softmax_stats(logits, args.vocab, aligned, log2e);
         student_tail = lse(tail, log2e);
         // In double: what is wanted is 1 minus this sum.
         double mass = 0;
