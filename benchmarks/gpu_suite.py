@@ -147,6 +147,11 @@ def main() -> int:
             suite.run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", SANITIZED], 90)
         else:
             suite.note(tool, "skipped", 0, "compute-sanitizer is not on PATH")
+    for bench in sorted(Path(__file__).parent.glob("bench_*.py")):
+        command = [python, str(bench), "--device", "cuda", "--json", str(args.out / f"{bench.stem}.json")]
+        if bench.stem == "bench_kl":
+            command += ["--rows", "2048", "--hidden", "7168"]
+        suite.run(bench.stem, command, 150)
     suite.run("test_trainer", [python, "-m", "pytest", "-q", "tests/models", "tests/methods", "tests/engine"], 240)
     model = args.out / "opt-1.3b"
     suite.run("model", [python, str(ROOT / "benchmarks/random_model.py"), "opt-1.3b", str(model)], 60)
@@ -158,11 +163,6 @@ def main() -> int:
         own = [f"peft.kind={kind}", f"deepspeed.zero_stage={stage}", f"output_dir={args.out / name}"]
         suite.run(name, [*train, *own, f"cache_dir={args.out / 'cache'}"], 90)
     shutil.rmtree(args.out / "cache", ignore_errors=True)
-    for bench in sorted(Path(__file__).parent.glob("bench_*.py")):
-        command = [python, str(bench), "--device", "cuda", "--json", str(args.out / f"{bench.stem}.json")]
-        if bench.stem == "bench_kl":
-            command += ["--rows", "2048", "--hidden", "7168"]
-        suite.run(bench.stem, command, 150)
 
     suite.write()
     bad = [p for p in suite.parts if p.status in ("failed", "timeout")]

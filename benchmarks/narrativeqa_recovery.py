@@ -3,7 +3,8 @@
 python benchmarks/narrativeqa_recovery.py --documents 0:10 --plain 0:3 --json recovery.json --plot recovery.png
 
 One adapter for each NarrativeQA summary (`--config` says how), scored on all of its questions; `--plain` runs
-`plain_distillation.py` on these documents too, with the same patterns, alternating with fastft on the same machine.
+`plain_distillation.py` on these documents too, alternating with fastft on the same machine. Each side's recovery is
+relative to its own prompt: `--plain-options` may give the plain loop another pattern than the config's.
 
 Seconds to a recovery count everything that a new document costs: writing questions, the teacher, and the training steps
 until the first evaluation that reaches it. Loading the model and the evaluations themselves are left out on both sides.
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -158,7 +161,8 @@ def main() -> None:
             if a.json:
                 device = common.device_name("cuda" if torch.cuda.is_available() else "cpu")
                 packages = {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")}
-                found = {"device": device, "packages": packages, "config": config.model_dump(mode="json")}
+                found = {"date": date.today().isoformat(), "command": shlex.join(sys.argv)}
+                found |= {"device": device, "packages": packages, "config": config.model_dump(mode="json")}
                 found |= {"target": a.target, "fastft": ours, "plain": list(plain.values())}
                 a.json.write_text(json.dumps(found, indent=2) + "\n")
     show(ours, plain, a.target)

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +134,11 @@ class StoreWriter:
         for name, value in rows.items():
             self.arrays[name][span] = value.to(self.arrays[name].dtype).cpu()
 
-    def finish(self, description: dict[str, Any], progress: Callable[[], None] = lambda: None) -> None:
+    def finish(self, description: dict[str, Any]) -> None:
         """Checksum, describe and rename into place."""
         self.arrays = {}
         for name, spec in self.specs.items():
             spec["sha256"] = _checksum(self.partial / f"{name}.bin")
-            progress()
         index = {"format": FORMAT, "description": description, "arrays": self.specs, "offsets": self.offsets}
         (self.partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
         if TeacherStore.open(self.folder) is not None:  # another run was first, with the same content

@@ -50,7 +50,6 @@ class Prepared:
     sequences: list[Sequence]
     evaluated: list[QuestionSet]
     control: list[QuestionSet]
-    questions_written: int = 0
 
 
 def load_base(config: Config, ranks: Ranks) -> Base:
@@ -119,12 +118,10 @@ def prepare(
         document = others[i * len(others) // count]
         own = windows_of(document)
         control.append(question_set(document, own, list(document.questions), config, text))
-    written = 0
     if queries.self_study.count:
         with out.phase("prepare", queries.self_study.count * len(windows), "questions") as phase:
             for index, window in enumerate(windows):
                 pairs = cached_questions(config, base, window, ranks, phase.advance)
-                written += len(pairs)
                 sequences += [
                     distill.question_sequence("self_study", q, answer, index, config, text) for q, answer in pairs
                 ]
@@ -133,7 +130,7 @@ def prepare(
     longest = max(len(s.token_ids) for s in sequences) + len(text.leading)
     if positions is not None and longest > positions:
         raise DataError(f"a query takes {longest} tokens, the model holds {positions}; shorten queries.passages.tokens")
-    return Prepared(windows, sequences, evaluated, control, written)
+    return Prepared(windows, sequences, evaluated, control)
 
 
 def split_questions(document: Document, config: Config) -> tuple[list[Question], list[Question]]:

@@ -104,15 +104,19 @@ def run(config: Config) -> dict[str, Any]:
     with clock.measure("train"):
         history = train(config, trainer, prepared, store, base, output_dir, resumed, stop, student_totals, ranks, out)
 
+    tensors = trainer.trained_tensors()
+    if ranks.is_first:  # before the evaluation, which may be stopped
+        peft.save_adapter(output_dir / "adapter", tensors, config.peft, base_model=base.path, model=base.lm.model)
+    stop.state = f"stopped after training; the adapter is in {output_dir / 'adapter'}, its evaluation is missing"
+    stop.deferred = False
+
     with clock.measure("evaluate_student"):
         after = {}
         for name, sets in (("evaluated", prepared.evaluated), ("control", prepared.control)):
             if sets:
                 after[name] = student(sets, answers=name == "evaluated")
-    tensors = trainer.trained_tensors()
     summary = summarize(config, prepared, before, after, history)
     if ranks.is_first:
-        peft.save_adapter(output_dir / "adapter", tensors, config.peft, base_model=base.path, model=base.lm.model)
         clock.seconds["total"] = time.monotonic() - began
         summary["seconds"] = {k: round(v, 3) for k, v in clock.seconds.items()}
         summary["peak_memory_bytes"] = peak_memory_bytes()

@@ -23,11 +23,15 @@ from fastft.methods import distill
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM: while training, the step is finished first; elsewhere the run ends at once."""
+    """Ctrl-C and SIGTERM: while training, the step is finished first; elsewhere the run ends at once.
+
+    state: what there is at the moment, for the message.
+    """
 
     def __init__(self):
         self.signum: int | None = None
         self.deferred = False
+        self.state = "stopped before training; nothing is lost: the same command starts again"
 
     def install(self) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -36,7 +40,7 @@ class StopRequest:
     def _handle(self, signum: int, frame) -> None:
         self.signum = self.signum or signum
         if not self.deferred:
-            raise Interrupted("stopped before training; nothing is lost: the same command starts again", signum)
+            raise Interrupted(self.state, signum)
 
 
 def train(
@@ -52,8 +56,9 @@ def train(
     ranks: Ranks,
     out: Reporter,
 ) -> dict[str, Any]:
-    """The optimizer steps. Returns figures of the whole: steps, tokens, last loss.
+    """The optimizer steps. Returns figures of the whole: steps, last loss, where it resumed from.
 
+    Signals stay deferred at the end: the caller has something to save first.
     checkpoint: where to go on from; evaluate: the student's scores, called every train.eval_every steps.
     """
     t = config.train
@@ -128,7 +133,6 @@ def train(
                         "with resume=auto",
                         signum,
                     )
-    stop.deferred = False
     return {"steps": t.steps, "loss": loss, "resumed_from": first}
 
 

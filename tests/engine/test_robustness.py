@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from fastft.engine import run
 from tests.conftest import ROOT, clean_environment, losses
 from tests.engine.test_run import ok
 
@@ -99,3 +101,21 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message(base_config, launch,
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "the checkpoint of step 2 cannot be written" in result.stderr
     assert list((Path(raw["output_dir"]) / "checkpoints").iterdir()) == []
+
+
+def test_stopping_the_last_evaluation_does_not_lose_the_adapter(base_config, launch, monkeypatch):
+    evaluate = run.run_evaluation
+
+    def stop(*arguments, name, **options):
+        if name == "student":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, name=name, **options)
+
+    monkeypatch.setattr(run, "run_evaluation", stop)
+    raw = base_config()
+    result = launch(raw)
+    adapter = Path(raw["output_dir"]) / "adapter"
+    assert result.returncode == 128 + signal.SIGTERM and "Traceback" not in result.stderr
+    assert f"stopped after training; the adapter is in {adapter}" in result.stderr
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert not (Path(raw["output_dir"]) / "summary.json").exists()
