@@ -8,6 +8,7 @@
 #include "fastft/cpu_capability.h"
 #include "fastft/cross_entropy.h"
 #include "fastft/log_softmax_kl.h"
+#include "fastft/lora_linear.h"
 #include "fastft/topk_kl.h"
 
 namespace fastft {
@@ -18,6 +19,12 @@ namespace fastft {
     void log_softmax_kl_backward_rows(const LogSoftmaxKlBackwardArgs&, int64_t, int64_t); \
     void topk_kl_rows(const TopkKlArgs&, int64_t, int64_t);                               \
     void cross_entropy_rows(const CrossEntropyArgs&, int64_t, int64_t);                   \
+    void lora_down_pack(const LoraDownArgs&, int64_t, int64_t);                           \
+    void lora_down(const LoraDownArgs&, int64_t, int64_t);                                \
+    void lora_up_pack(const LoraUpArgs&, int64_t, int64_t);                               \
+    void lora_up(const LoraUpArgs&, int64_t, int64_t);                                    \
+    void lora_outer_pack(const LoraOuterArgs&, int64_t, int64_t);                         \
+    void lora_outer(const LoraOuterArgs&, int64_t, int64_t);                              \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -115,6 +122,24 @@ void topk_kl_cpu(const TopkKlArgs& args, int64_t begin, int64_t end) {
 }
 void cross_entropy_cpu(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(cross_entropy_rows, args, begin, end);
+}
+void lora_down_pack_cpu(const LoraDownArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(lora_down_pack, args, begin, end);
+}
+void lora_down_cpu(const LoraDownArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(lora_down, args, begin, end);
+}
+void lora_up_pack_cpu(const LoraUpArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(lora_up_pack, args, begin, end);
+}
+void lora_up_cpu(const LoraUpArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(lora_up, args, begin, end);
+}
+void lora_outer_pack_cpu(const LoraOuterArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(lora_outer_pack, args, begin, end);
+}
+void lora_outer_cpu(const LoraOuterArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(lora_outer, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

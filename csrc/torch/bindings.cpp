@@ -26,6 +26,10 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     m.def(
         "cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor(b!) nll, int ignore_index, "
         "bool write_grad) -> ()");
+    // u = scaling x a^T; y += u b^T; u^T y, or with `transposed` y^T u: see fastft/lora_linear.h.
+    m.def("lora_down(Tensor x, Tensor a, float scaling, Tensor(a!) u) -> ()");
+    m.def("lora_up(Tensor(a!) y, Tensor u, Tensor b) -> ()");
+    m.def("lora_outer(Tensor u, Tensor y, bool transposed) -> Tensor");
     m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
 
     // -> the loss ([] or, with reduction none, [rows]); what each row's divergence is multiplied with in it;
@@ -54,6 +58,9 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("log_softmax_kl_rows", TORCH_BOX(&fastft::log_softmax_kl_rows));         \
         m.impl("topk_kl_rows", TORCH_BOX(&fastft::topk_kl_rows));                       \
         m.impl("cross_entropy_rows", TORCH_BOX(&fastft::cross_entropy_rows));           \
+        m.impl("lora_down", TORCH_BOX(&fastft::lora_down));                             \
+        m.impl("lora_up", TORCH_BOX(&fastft::lora_up));                                 \
+        m.impl("lora_outer", TORCH_BOX(&fastft::lora_outer));                           \
         m.impl("row_reduce", TORCH_BOX(&fastft::row_reduce));                           \
     }
 
@@ -72,7 +79,7 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
     for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-                           "cross_entropy_rows", "row_reduce"}) {
+                           "cross_entropy_rows", "lora_down", "lora_up", "lora_outer", "row_reduce"}) {
         m.impl(op, &no_cuda);
     }
 }

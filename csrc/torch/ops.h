@@ -22,6 +22,9 @@ void topk_kl_rows(Tensor logits, const Tensor& ids, const Tensor& log_probs, std
                   Tensor kl, bool tail, double temperature, bool write_grad);
 void cross_entropy_rows(Tensor logits, const Tensor& labels, Tensor nll, int64_t ignore_index,
                         bool write_grad);
+void lora_down(const Tensor& x, const Tensor& a, double scaling, Tensor u);
+void lora_up(Tensor y, const Tensor& u, const Tensor& b);
+Tensor lora_outer(const Tensor& u, const Tensor& y, bool transposed);
 std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
 
 }  // namespace fastft

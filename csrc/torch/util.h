@@ -57,7 +57,7 @@ inline Direction direction_of(const std::string& name) {
 }
 
 inline void check_rows(const Tensor& x, const char* message) {
-    check(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1), message);
+    check(x.dim() == 2 && (x.size(0) == 0 || x.size(1) <= 1 || x.stride(1) == 1), message);
 }
 
 inline void check_vector(const Tensor& x, int64_t rows, ScalarType dtype, const char* message) {

@@ -9,15 +9,20 @@ from fastft.ops import linear_cross_entropy as _linear_cross_entropy
 from fastft.ops import linear_log_softmax_kl as _linear_log_softmax_kl
 from fastft.ops import linear_topk_kl as _linear_topk_kl
 from fastft.ops import log_softmax_kl as _log_softmax_kl
+from fastft.ops import lora_linear as _lora_linear
 from fastft.ops._extension import available, build_info
 
 # Modules and functions share their names; the functions are what this package exports.
-_extension.import_extension([_log_softmax_kl, _linear_log_softmax_kl, _linear_topk_kl, _linear_cross_entropy])
+_extension.import_extension(
+    [_log_softmax_kl, _linear_log_softmax_kl, _linear_topk_kl, _linear_cross_entropy, _lora_linear]
+)
 
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 linear_log_softmax_kl = _linear_log_softmax_kl.linear_log_softmax_kl
 linear_topk_kl = _linear_topk_kl.linear_topk_kl
 log_softmax_kl = _log_softmax_kl.log_softmax_kl
+lora_linear = _lora_linear.lora_linear
+lora_linears = _lora_linear.lora_linears
 
 __all__ = [
     "available",
@@ -26,4 +31,6 @@ __all__ = [
     "linear_log_softmax_kl",
     "linear_topk_kl",
     "log_softmax_kl",
+    "lora_linear",
+    "lora_linears",
 ]

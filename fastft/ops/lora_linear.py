@@ -1,64 +1,226 @@
-"""Low-rank adapted linear layer with a frozen base weight."""
+"""Low-rank adapted linear layers with a frozen base weight."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+from fastft.ops import _extension
+from fastft.ops._common import check_float, check_like, shape_of
+from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, linear
+
+# Where the adapter's own small products run: "kernels" are this project's, "products" torch's (oneDNN, cuBLAS).
+# By device type: the largest summed rank for which the kernels were the faster ones.
+# cpu: bench_lora_linear.py on AVX-512 with bf16 products, M 330 to 1024, K and N 576 to 2048: kernels 1.1 to 1.9 times
+# faster at r 16, level at r 48. cuda: nothing has been measured yet, so the vendor's products are used.
+KERNELS_UP_TO_RANK = {"cpu": 48, "cuda": 0}
 
 
 def lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
     scaling: float,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+    bias: Tensor | None = None,
+    *,
+    form: str | None = None,
+) -> Tensor:
     """x @ weight.T + bias + scaling * (x @ lora_A.T) @ lora_B.T
 
-    x [..., K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N] or None -> [..., N]; one floating dtype.
-    The low-rank product is added in the second product's epilogue (`addmm`), so nothing of size [..., N] is written
-    besides the result.
+    x [..., K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N] or None -> [..., N]; one dtype (float64, float32,
+    bfloat16, float16) and device. weight may be quantised (`Nf4Weight`, `Int8Weight`). Under autocast all of them are
+    first cast, as by torch.nn.functional.linear.
 
-    Backward, with u = x @ lora_A.T and du = scaling * dy @ lora_B:
-        dx = dy @ weight + du @ lora_A,  d_lora_A = du.T @ x,  d_lora_B = scaling * dy.T @ u,  d_bias = sum(dy);
+    With u = scaling * x @ lora_A.T and du = scaling * dy @ lora_B, backward is
+        dx = dy @ weight + du @ lora_A,  d_lora_A = du.T @ x,  d_lora_B = dy.T @ u,  d_bias = sum(dy);
         d_weight = dy.T @ x only if weight requires a gradient.
-    Saves x, u and the parameters themselves (not views of them), so ZeRO-3 can release a gathered weight.
+    Nothing of size [..., N] is written besides the result. Saves x, u [..., r] and the parameters themselves (not
+    views of them), so ZeRO-3 can release a gathered weight.
 
+    form: "kernels" or "products" for the products with lora_A and lora_B; None picks what was measured to be faster.
+    Raises ValueError for a shape, dtype or device that does not fit, naming the argument.
     Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
-    r, N, K = lora_A.shape[0], weight.shape[0], weight.shape[1]
-    for name, tensor, expected in (("lora_A", lora_A, (r, K)), ("lora_B", lora_B, (N, r))):
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"lora_linear: {name} is {list(tensor.shape)}, expected {list(expected)}")
-    if x.shape[-1] != K:
-        raise ValueError(f"lora_linear: x is {list(x.shape)}, expected [..., {K}] like weight {list(weight.shape)}")
-    if bias is not None and tuple(bias.shape) != (N,):
-        raise ValueError(f"lora_linear: bias is {list(bias.shape)}, expected [{N}]")
-    return _LoraLinear.apply(x, weight, lora_A, lora_B, scaling, bias)
+    return lora_linears(x, [weight], [lora_A], [lora_B], scaling, [bias], form=form)[0]
 
 
-class _LoraLinear(torch.autograd.Function):
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor | FrozenWeight],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scaling: float,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    form: str | None = None,
+) -> tuple[Tensor, ...]:
+    """`lora_linear` of one x with each (weight, lora_A, lora_B, bias): query, key and value, or gate and up.
+
+    x is read once for all lora_A; backward sums the layers' dx in place and reads x once for all d_lora_A.
+    The layers may differ in N and r.
+    """
+    biases = [None] * len(weights) if biases is None else biases
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    check("lora_linear", x, weights, lora_As, lora_Bs, biases, same_dtype=not autocast)
+    tensors = (*weights, *lora_As, *lora_Bs, *biases)
+    rank = lora_As[0].shape[0] if len(lora_As) == 1 else sum(A.shape[0] for A in lora_As)
+    kernels = pick_form(form, device, rank) == "kernels"
+    if not autocast:
+        return _LoraLinears.apply(x, scaling, kernels, len(weights), *tensors)
+    dtype = torch.get_autocast_dtype(device)
+    x, *tensors = (t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *tensors))
+    with torch.amp.autocast(device, enabled=False):
+        return _LoraLinears.apply(x, scaling, kernels, len(weights), *tensors)
+
+
+def pick_form(form: str | None, device: str, rank: int) -> str:
+    """The form asked for, or the one that was measured to be the faster one for a summed rank on a device type."""
+    if form is None:
+        return "kernels" if rank <= KERNELS_UP_TO_RANK.get(device, 0) and _extension.available() else "products"
+    if form not in ("kernels", "products"):
+        raise ValueError(f"lora_linear: form is {form!r}, expected 'kernels', 'products' or None")
+    if form == "kernels":
+        _extension.load()
+    return form
+
+
+def check(op: str, x: Tensor, weights, lora_As, lora_Bs, biases, *, same_dtype: bool) -> None:
+    """Raises ValueError unless the arguments of lora_linears fit together; layers are named where there are several."""
+    check_float(op, "x", x)
+    counts = len(weights), len(lora_As), len(lora_Bs), len(biases)
+    if len(set(counts)) > 1 or not weights:
+        found = ", ".join(str(count) for count in counts)
+        raise ValueError(f"{op}: weights, lora_As, lora_Bs, biases have {found} elements, expected as many of each")
+    for i, (weight, A, B, bias) in enumerate(zip(weights, lora_As, lora_Bs, biases, strict=True)):
+        of = f" of layer {i}" if len(weights) > 1 else ""
+        for name, t in (("weight", weight), ("lora_A", A), ("lora_B", B), ("bias", bias)):
+            if t is not None and not isinstance(t, FrozenWeight):
+                check_like(op, name + of, t, "x", x, dtype=same_dtype)
+        if len(weight.shape) != 2:
+            raise ValueError(f"{op}: weight{of} is {list(weight.shape)}, expected [N, K]")
+        N, K = weight.shape
+        if x.dim() < 1 or x.shape[-1] != K:
+            raise ValueError(f"{op}: x is {shape_of(x)}, expected [..., {K}] like weight{of} {list(weight.shape)}")
+        if A.dim() != 2 or A.shape[1] != K:
+            raise ValueError(f"{op}: lora_A{of} is {shape_of(A)}, expected [r, {K}]")
+        if B.dim() != 2 or B.shape[0] != N or B.shape[1] != A.shape[0]:
+            raise ValueError(f"{op}: lora_B{of} is {shape_of(B)}, expected {[N, A.shape[0]]}")
+        if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
+            raise ValueError(f"{op}: bias{of} is {shape_of(bias)}, expected [{N}]")
+
+
+def _down(x: Tensor, a: Tensor, scaling: float, u: Tensor, kernels: bool) -> None:
+    """u = scaling * x @ a.T"""
+    if kernels:
+        torch.ops.fastft.lora_down.default(x, a, scaling, u)
+    else:
+        u.copy_(torch.mm(x, a.t()).mul_(scaling))
+
+
+def _up(y: Tensor, u: Tensor, b: Tensor, kernels: bool) -> None:
+    """y += u @ b.T"""
+    if kernels:
+        torch.ops.fastft.lora_up.default(y, u, b)
+    else:
+        y.addmm_(u, b.t())
+
+
+def _outer(u: Tensor, y: Tensor, kernels: bool) -> Tensor:
+    """u.T @ y"""
+    return torch.ops.fastft.lora_outer.default(u, y, False) if kernels else torch.mm(u.t(), y)
+
+
+def _outer_transposed(u: Tensor, y: Tensor, kernels: bool) -> Tensor:
+    """y.T @ u"""
+    return torch.ops.fastft.lora_outer.default(u, y, True) if kernels else torch.mm(y.t(), u)
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _stacked(lora_As: Sequence[Tensor]) -> Tensor:
+    return lora_As[0] if len(lora_As) == 1 else torch.cat(list(lora_As))
+
+
+def _columns(u: Tensor, lora_As: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of u that belong to each of several layers."""
+    return (u,) if len(lora_As) == 1 else u.split([A.shape[0] for A in lora_As], dim=1)
+
+
+class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias):
-        rows = x.reshape(-1, x.shape[-1])
-        u = rows @ lora_A.t()
-        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-        y.addmm_(u, lora_B.t(), alpha=scaling)
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, weight, lora_A, lora_B, u)
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lora_A, lora_B, u = ctx.saved_tensors
-        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        need_x, need_weight, need_A, need_B, _, need_bias = ctx.needs_input_grad
-        du = (dy @ lora_B).mul_(ctx.scaling) if need_x or need_A else None
-        return (
-            torch.mm(dy, weight).addmm_(du, lora_A).view_as(x) if need_x else None,
-            dy.t() @ rows if need_weight else None,
-            du.t() @ rows if need_A else None,
-            (dy.t() @ u).mul_(ctx.scaling) if need_B else None,
-            None,
-            dy.sum(0) if need_bias else None,
+    def forward(ctx, x, scaling, kernels, n, *tensors):
+        weights, As, Bs, biases = (tensors[i * n : (i + 1) * n] for i in range(4))
+        rows = _rows(x)
+        u = rows.new_empty(rows.shape[0], sum(A.shape[0] for A in As))
+        _down(rows, _stacked(As), scaling, u, kernels)
+        outputs = []
+        for weight, B, bias, u_of_layer in zip(weights, Bs, biases, _columns(u, As), strict=True):
+            y = linear(rows, weight, bias)
+            _up(y, u_of_layer, B, kernels)
+            outputs.append(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]))
+        ctx.scaling, ctx.kernels, ctx.n = scaling, kernels, n
+        ctx.set_materialize_grads(False)
+        ctx.quantised = [w if isinstance(w, FrozenWeight) else None for w in weights]
+        keep_x = any(ctx.needs_input_grad[4 : 4 + 2 * n])
+        ctx.save_for_backward(
+            x if keep_x else None, u, *(None if isinstance(w, FrozenWeight) else w for w in weights), *As, *Bs
         )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        n, kernels = ctx.n, ctx.kernels
+        x, u, *saved = ctx.saved_tensors
+        weights, As, Bs = (saved[i * n : (i + 1) * n] for i in range(3))
+        weights = [q or w for q, w in zip(ctx.quantised, weights, strict=True)]
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        need_weight, need_A, need_B, need_bias = (need[i * n : (i + 1) * n] for i in range(4))
+        used = [i for i in range(n) if dys[i] is not None]
+        rows = None if x is None else _rows(x)
+        shape = [*dys[used[0]].shape[:-1], As[0].shape[1]] if used else []
+        dys = [None if dy is None else _rows(dy) for dy in dys]
+        us = _columns(u, As)
+        dWs, dAs, dBs, dbs = ([None] * n for _ in range(4))
+        dx = None
+        if used and (need_x or any(need_A)):
+            du = torch.empty_like(u)
+            dus = _columns(du, As)
+            for dy, B, du_of_layer in zip(dys, Bs, dus, strict=True):
+                if dy is None:
+                    du_of_layer.zero_()
+                else:
+                    _down(dy, B.t(), ctx.scaling, du_of_layer, kernels)
+            if any(need_A):
+                dA = _outer(du, rows, kernels)
+                # Each in memory of its own: a view would keep the other layers' alive.
+                dAs = [dA] if n == 1 else [part.clone() for part in dA.split([A.shape[0] for A in As])]
+            if need_x:
+                for i in used:
+                    dx = add_input_grad(dx, dys[i], weights[i])
+                _up(dx, du, _stacked(As).t(), kernels)
+                dx = dx if len(shape) == 2 else dx.view(shape)
+        for i in used:
+            if need_weight[i]:
+                dWs[i] = torch.mm(dys[i].t(), rows)
+            if need_B[i]:
+                dBs[i] = _outer_transposed(us[i], dys[i], kernels)
+            if need_bias[i]:
+                dbs[i] = dys[i].sum(0)
+        return dx, None, None, None, *dWs, *dAs, *dBs, *dbs
+
+
+def register() -> None:
+    """Completes the C++ ops with fakes; their gradients are those of `lora_linears`."""
+    library = torch.library
+    library.register_fake("fastft::lora_down")(lambda x, a, scaling, u: None)
+    library.register_fake("fastft::lora_up")(lambda y, u, b: None)
+    library.register_fake("fastft::lora_outer")(
+        lambda u, y, transposed: y.new_empty((y.shape[1], u.shape[1]) if transposed else (u.shape[1], y.shape[1]))
+    )

@@ -1,7 +1,7 @@
 """The ops' mathematics in plain PyTorch: the truth for tests, and the clearest statement of what each is.
 
-Differentiable by autograd, any device, any floating dtype; float64 inputs give float64 arithmetic, everything
-else float32. Every function has the signature and the conventions of its op (0 log 0 = 0; a row of weight 0
+Differentiable by autograd, any device, any floating dtype; in the losses float64 inputs give float64 arithmetic,
+everything else float32. Every function has the signature and the conventions of its op (0 log 0 = 0; a row of weight 0
 is left out; a mean over no weight at all is 0).
 """
 
@@ -86,3 +86,9 @@ def linear_cross_entropy(
     index = torch.where(counted, labels, 0).to(torch.int64)
     nll = logits.logsumexp(-1) - logits.gather(-1, index[..., None])[..., 0]
     return _reduce(nll, counted, reduction)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return torch.nn.functional.linear(x, weight, bias) + scaling * (x @ lora_A.t()) @ lora_B.t()

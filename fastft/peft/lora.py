@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.errors import ModelError
-from fastft.ops.lora_linear import lora_linear
+from fastft.ops import lora_linear
 
 
 class LoraLinear(nn.Module):
