@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fastft/bias_adamw.h"
 #include "fastft/cpu_capability.h"
 #include "fastft/cross_entropy.h"
 #include "fastft/log_softmax_kl.h"
@@ -18,6 +19,8 @@ namespace fastft {
     void log_softmax_kl_backward_rows(const LogSoftmaxKlBackwardArgs&, int64_t, int64_t); \
     void topk_kl_rows(const TopkKlArgs&, int64_t, int64_t);                               \
     void cross_entropy_rows(const CrossEntropyArgs&, int64_t, int64_t);                   \
+    void bias_adamw_norm_chunks(const AdamWArgs&, int64_t, int64_t);                      \
+    void bias_adamw_update_chunks(const AdamWArgs&, int64_t, int64_t);                    \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -115,6 +118,12 @@ void topk_kl_cpu(const TopkKlArgs& args, int64_t begin, int64_t end) {
 }
 void cross_entropy_cpu(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(cross_entropy_rows, args, begin, end);
+}
+void bias_adamw_norm_cpu(const AdamWArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(bias_adamw_norm_chunks, args, begin, end);
+}
+void bias_adamw_update_cpu(const AdamWArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(bias_adamw_update_chunks, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

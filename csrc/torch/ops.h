@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastft {
 
@@ -23,5 +24,11 @@ void topk_kl_rows(Tensor logits, const Tensor& ids, const Tensor& log_probs, std
 void cross_entropy_rows(Tensor logits, const Tensor& labels, Tensor nll, int64_t ignore_index,
                         bool write_grad);
 std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
+void bias_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,
+                std::optional<Tensor> scales, std::optional<Tensor> master, Tensor steps, Tensor status,
+                Tensor partials, Tensor tickets, const Tensor& plan, const Tensor& device_plan,
+                std::vector<double> hyperparameters, std::optional<Tensor> lr,
+                std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, double max_grad_norm,
+                bool skip_non_finite);
 
 }  // namespace fastft

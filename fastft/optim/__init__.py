@@ -7,6 +7,9 @@ import math
 import torch
 
 from fastft.config import PeftConfig, TrainConfig
+from fastft.optim.bias_adamw import BiasAdamW
+
+__all__ = ["BiasAdamW", "LR_SCALE", "build_optimizer", "learning_rate"]
 
 LR_SCALE = "lr_scale"  # in a parameter group: its learning rate over the schedule's
 
