@@ -46,6 +46,13 @@ def stepper(args, sizes: list[int], make):
     return run
 
 
+def two_steps(args, sizes: list[int]):
+    """What every optimizer's parameters are after the harness's two warm-up calls."""
+    run = stepper(args, sizes, lambda p: torch.optim.AdamW(p, lr=1e-3))
+    run()
+    return run()
+
+
 def bitsandbytes_8bit(params):
     import bitsandbytes
 
@@ -86,7 +93,9 @@ def case(args, layout: str, state_bits: int) -> common.Case:
         shape={"tensors": len(sizes), "parameters": total},
         implementations={name: stepper(args, sizes, make) for name, make in makers.items()},
         bytes=total * (3 * itemsize + state),
-        tolerance=dict.fromkeys(makers, 0.1) if state_bits == 8 or itemsize == 2 else {},
+        reference=functools.partial(two_steps, args, sizes),
+        # Of millions of gradients some are tiny beside their neighbours; there a step is off by up to its size.
+        tolerance={"fastft": 1.0, "bitsandbytes_8bit": 1.0} if state_bits == 8 else {},
         not_peers=("fastft_clip", "fastft_32bit"),
     )
 

@@ -94,24 +94,26 @@ void update_block(const Pointers<T, S>& p, S* exp_avg, S* exp_avg_sq, const Adam
     }
 }
 
+// 0, 1, 2, ... in the lanes.
 template <class V>
-inline ScalarOf<V> largest(V x) {
-    double most = 0;
-    for (int i = 0; i < width<V>(); ++i) most = max_(most, lane(x, i));
-    return ScalarOf<V>(most);
+V lane_indices() {
+    ScalarOf<V> lanes[width<V>()];
+    for (int i = 0; i < width<V>(); ++i) lanes[i] = ScalarOf<V>(i);
+    return load_value<V>(lanes);
 }
 
 template <class V, class T, class S>
 void update_block_8bit(const Pointers<T, S>& p, int8_t* exp_avg, uint8_t* exp_avg_sq, S& exp_avg_scale,
                        S& root_scale, float offset, const AdamWCoefficients<V>& c) {
     using Traits = ValueTraits<V>;
+    const V zero = Traits::splat(0);
     S exp_avgs[kCodeBlock], roots[kCodeBlock];
-    const V old_exp_avg_scale = Traits::splat(exp_avg_scale), old_root_scale = Traits::splat(root_scale);
-    V most_exp_avg = Traits::splat(0), most_root = Traits::splat(0), not_finite = Traits::splat(0);
+    const V unit1 = Traits::splat(exp_avg_unit(exp_avg_scale)), unit2 = Traits::splat(root_unit(root_scale));
+    V most_exp_avg = zero, most_root = zero, not_finite = zero;
     for (int k = 0; k < kCodeBlock; k += width<V>()) {
         AdamWElement<V> x = load_param<V>(p, k);
-        x.exp_avg = decode_exp_avg(load_value<V>(exp_avg + k), old_exp_avg_scale);
-        const V old_root = decode_root(load_value<V>(exp_avg_sq + k), old_root_scale);
+        x.exp_avg = decode_exp_avg(load_value<V>(exp_avg + k), unit1);
+        const V old_root = decode_root(load_value<V>(exp_avg_sq + k), unit2);
         x.exp_avg_sq = old_root * old_root;
         const V root = adamw_update(x, load_value<V>(p.grad + k), c);
         store_param(p, k, x.param);
@@ -119,10 +121,10 @@ void update_block_8bit(const Pointers<T, S>& p, int8_t* exp_avg, uint8_t* exp_av
         store_value(roots + k, root);
         most_exp_avg = max_(most_exp_avg, abs_(x.exp_avg));
         most_root = max_(most_root, root);
-        const V sum = x.exp_avg + root;
-        not_finite = not_finite + (sum - sum);  // 0, or NaN and then forever
+        // 0, or from the first inf or NaN on NaN; whatever makes exp_avg so makes the root so.
+        not_finite = fma_(root, zero, not_finite);
     }
-    if (!(sum_of_lanes(not_finite) == 0)) {
+    if (any_(select_(zero >= not_finite, zero, Traits::splat(1)) > zero)) {
         exp_avg_scale = root_scale = S(__builtin_nanf(""));
         memset(exp_avg, 0, kCodeBlock);
         memset(exp_avg_sq, 0, kCodeBlock);
@@ -130,16 +132,14 @@ void update_block_8bit(const Pointers<T, S>& p, int8_t* exp_avg, uint8_t* exp_av
     }
     exp_avg_scale = largest(most_exp_avg);
     root_scale = largest(most_root);
-    const V factor1 = Traits::splat(exp_avg_factor(exp_avg_scale)),
-            factor2 = Traits::splat(root_factor(root_scale));
-    const V voffset = Traits::splat(S(offset)), step = Traits::splat(S(width<V>()));
-    S lanes[width<V>()];
-    for (int i = 0; i < width<V>(); ++i) lanes[i] = S(i);
-    V index = load_value<V>(lanes);
+    const V factor1 = Traits::splat(exp_avg_factor(exp_avg_scale));
+    const V factor2 = Traits::splat(root_factor(root_scale));
+    const V voffset = Traits::splat(S(offset)), lanes = Traits::splat(S(width<V>()));
+    V index = lane_indices<V>();
     for (int k = 0; k < kCodeBlock; k += width<V>()) {
         store_value(exp_avg + k, encode_exp_avg(load_value<V>(exp_avgs + k), factor1));
         store_value(exp_avg_sq + k, encode_root(load_value<V>(roots + k), factor2, dither(index, voffset)));
-        index = index + step;
+        index = index + lanes;
     }
 }
 

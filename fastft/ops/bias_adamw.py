@@ -51,7 +51,10 @@ class AdamWState:
         codes = (torch.int8, torch.uint8) if state_bits == 8 else (acc, acc)
 
         def flat(n, dtype):
-            return torch.zeros(n, dtype=dtype, device=device)
+            x = torch.empty(n, dtype=dtype, device=device)
+            if x.is_cpu:
+                _extension.load().advise_huge_pages(x.data_ptr(), x.nbytes)
+            return x.zero_()
 
         state = cls(
             offsets=offsets,

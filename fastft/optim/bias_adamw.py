@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from fastft.ops.bias_adamw import AdamWPlan, AdamWState, check_params
 _NAME = "BiasAdamW"
 # More combinations of parameters with a gradient than this are not worth remembering.
 _MAX_PLANS = 64
+# Hundreds of attributes a step: map over this takes half the time of a loop.
+_grad_of = attrgetter("grad")
 
 
 class BiasAdamW(torch.optim.Optimizer):
@@ -101,13 +104,14 @@ class BiasAdamW(torch.optim.Optimizer):
         params, grads, group_sizes, hyperparameters = [], [], [], []
         device_lr = False
         for group in self.param_groups:
-            before = len(params)
-            for p in group["params"]:
-                grad = p.grad
-                if grad is not None:
-                    params.append(p)
-                    grads.append(grad)
-            group_sizes.append(len(params) - before)
+            group_params = group["params"]
+            group_grads = list(map(_grad_of, group_params))
+            if type(None) in set(map(type, group_grads)):
+                group_params = [p for p in group_params if p.grad is not None]
+                group_grads = list(map(_grad_of, group_params))
+            params += group_params
+            grads += group_grads
+            group_sizes.append(len(group_params))
             lr, (beta1, beta2) = group["lr"], group["betas"]
             if isinstance(lr, Tensor) and lr.is_cuda:
                 device_lr, lr = True, 0.0

@@ -1,12 +1,12 @@
 // The mathematics of AdamW for one element, and of its 8-bit state, shared by the CPU and CUDA kernels.
 //
 // Templates take V, "a value", as in row_math.h: a float or double, or a SIMD vector of floats. Beyond what
-// row_math.h asks of V they need sqrt_, abs_ and floor_.
+// row_math.h asks of V they need sqrt_, abs_, copy_sign_, floor_, quick_sqrt_ and fourth_root_.
 //
 // 8-bit state. Blocks of kCodeBlock elements share one scale per moment; an element is an 8-bit integer c:
 //   exp_avg          = scale * sign(c) (c / 127)^4,  scale = max |exp_avg|
-//   sqrt(exp_avg_sq) = scale * (c / 255)^2,          scale = max sqrt(exp_avg_sq)
-// so both moments are fourth powers of an integer: decoding is three or four products, encoding square
+//   sqrt(exp_avg_sq) = scale * (c / 254.99)^2,       scale = max sqrt(exp_avg_sq)
+// so both moments are fourth powers of an integer: decoding is two or three products, encoding square
 // roots, and there is no table to search. Against float32 state, over 200 steps (tests/ops holds the first
 // comparison), the code follows Adam closer than bitsandbytes' dynamic tree map, at the same size:
 //   biases of a small network, mean |loss - loss32| / loss32: 1.0e-3 here, 6.1e-3 tree, 9.3e-3 with
@@ -21,7 +21,7 @@
 //     would stand still unless a gradient is several times its usual size. It is rounded with a dither that
 //     depends on the element's index and the step only, so the error averages out and runs repeat bit for
 //     bit.
-//   - exp_avg_sq above 0 never becomes 0.
+//   - c is at least 1 for exp_avg_sq: it is not taken for 0 beside an exp_avg that is not.
 // A block that holds an infinity or a NaN decodes to NaN as a whole: visible, not silent.
 #pragma once
 
@@ -39,8 +39,23 @@ FASTFT_HD float sqrt_(float x) { return sqrtf(x); }
 FASTFT_HD double sqrt_(double x) { return sqrt(x); }
 FASTFT_HD float abs_(float x) { return fabsf(x); }
 FASTFT_HD double abs_(double x) { return fabs(x); }
+FASTFT_HD float copy_sign_(float x, float sign) { return copysignf(x, sign); }
+FASTFT_HD double copy_sign_(double x, double sign) { return copysign(x, sign); }
 FASTFT_HD float floor_(float x) { return floorf(x); }
 FASTFT_HD double floor_(double x) { return floor(x); }
+// sqrt(x) to about one rounding, for x > 0; quicker than sqrt_ in vectors, whose divider is the bottleneck.
+FASTFT_HD float quick_sqrt_(float x) { return sqrtf(x); }
+FASTFT_HD double quick_sqrt_(double x) { return sqrt(x); }
+// x^(1/4), 0 at 0. Vectors and CUDA take it from reciprocal roots, with a relative error of at most 6e-4: it
+// only chooses between neighbouring codes of exp_avg.
+FASTFT_HD double fourth_root_(double x) { return sqrt(sqrt(x)); }
+FASTFT_HD float fourth_root_(float x) {
+#ifdef __CUDA_ARCH__
+    return rsqrtf(rsqrtf(x));
+#else
+    return sqrtf(sqrtf(x));
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // The update. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, in torch.optim.AdamW's form.
@@ -51,7 +66,7 @@ struct AdamWCoefficients {
     V grad_factor;  // what the gradient is multiplied with: clipping and the loss scale
     V one_minus_beta1, beta2, one_minus_beta2, eps;
     V decay;                // 1 - lr weight_decay
-    V step_size;            // lr / (1 - beta1^step)
+    V minus_step_size;      // -lr / (1 - beta1^step)
     V inv_sqrt_correction;  // 1 / sqrt(1 - beta2^step)
 };
 
@@ -64,7 +79,7 @@ FASTFT_HD AdamWCoefficients<double> adamw_coefficients(const AdamWGroup& group, 
             1 - group.beta2,
             group.eps,
             1 - group.lr * group.weight_decay,
-            group.lr / correction1,
+            -group.lr / correction1,
             1 / sqrt(correction2)};
 }
 
@@ -72,10 +87,14 @@ template <class V>
 FASTFT_HD AdamWCoefficients<V> splat(const AdamWCoefficients<double>& c) {
     using T = ValueTraits<V>;
     using S = ScalarOf<V>;
-    return {T::splat(S(c.grad_factor)), T::splat(S(c.one_minus_beta1)),
-            T::splat(S(c.beta2)),       T::splat(S(c.one_minus_beta2)),
-            T::splat(S(c.eps)),         T::splat(S(c.decay)),
-            T::splat(S(c.step_size)),   T::splat(S(c.inv_sqrt_correction))};
+    return {T::splat(S(c.grad_factor)),
+            T::splat(S(c.one_minus_beta1)),
+            T::splat(S(c.beta2)),
+            T::splat(S(c.one_minus_beta2)),
+            T::splat(S(c.eps)),
+            T::splat(S(c.decay)),
+            T::splat(S(c.minus_step_size)),
+            T::splat(S(c.inv_sqrt_correction))};
 }
 
 template <class V>
@@ -90,7 +109,8 @@ FASTFT_HD V adamw_update(AdamWElement<V>& x, V grad, const AdamWCoefficients<V>&
     x.exp_avg = fma_(c.one_minus_beta1, grad - x.exp_avg, x.exp_avg);
     x.exp_avg_sq = fma_(c.beta2, x.exp_avg_sq, c.one_minus_beta2 * grad * grad);
     const V root = sqrt_(x.exp_avg_sq);
-    x.param = x.param * c.decay - c.step_size * x.exp_avg / fma_(root, c.inv_sqrt_correction, c.eps);
+    const V step = c.minus_step_size * x.exp_avg / fma_(root, c.inv_sqrt_correction, c.eps);
+    x.param = fma_(x.param, c.decay, step);
     return root;
 }
 
@@ -117,18 +137,28 @@ FASTFT_HD AdamWStatus<S> adamw_status(double sum_of_squares, double max_grad_nor
 // ---------------------------------------------------------------------------------------------------------
 // 8-bit codes, as values: the kernels convert them from and to integers.
 
-constexpr double kExpAvgCodes = 127, kRootCodes = 255;
+// The second one is a little less than 255, which leaves room for any dither: its sum stays below 256.
+constexpr double kExpAvgCodes = 127, kRootCodes = 254.99;
 
+// code: the integer; unit: exp_avg_unit of its block's scale.
 template <class V>
-FASTFT_HD V decode_exp_avg(V code, V scale) {
-    const V a = code * abs_(code) * ValueTraits<V>::splat(ScalarOf<V>(1 / (kExpAvgCodes * kExpAvgCodes)));
-    return a * abs_(a) * scale;
+FASTFT_HD V decode_exp_avg(V code, V unit) {
+    const V square = code * code;
+    return copy_sign_(square * (square * unit), code);
+}
+template <class S>
+FASTFT_HD S exp_avg_unit(S scale) {
+    return scale * S(1 / (kExpAvgCodes * kExpAvgCodes * kExpAvgCodes * kExpAvgCodes));
 }
 
 // sqrt(exp_avg_sq).
 template <class V>
-FASTFT_HD V decode_root(V code, V scale) {
-    return code * code * ValueTraits<V>::splat(ScalarOf<V>(1 / (kRootCodes * kRootCodes))) * scale;
+FASTFT_HD V decode_root(V code, V unit) {
+    return code * code * unit;
+}
+template <class S>
+FASTFT_HD S root_unit(S scale) {
+    return scale * S(1 / (kRootCodes * kRootCodes));
 }
 
 // The factors that encoding needs; roots of the scale, so that no scale is too small to be divided by.
@@ -141,21 +171,19 @@ FASTFT_HD S root_factor(S scale) {
     return scale > 0 ? S(kRootCodes) / sqrt_(scale) : S(0);
 }
 
-// Integers in [-127, 127], rounded to nearest; exp_avg is finite and at most its block's scale.
+// Encoders return a number whose integer part is the code. exp_avg is finite and at most its block's scale:
+// within
+// (-128, 128), rounded to nearest by the conversion towards 0.
 template <class V>
 FASTFT_HD V encode_exp_avg(V exp_avg, V factor) {
-    const V zero = ValueTraits<V>::splat(0);
-    const V code = floor_(fma_(sqrt_(sqrt_(abs_(exp_avg))), factor, ValueTraits<V>::splat(0.5)));
-    return select_(zero > exp_avg, zero - code, code);
+    const V half = ValueTraits<V>::splat(ScalarOf<V>(0.5));
+    return copy_sign_(fma_(fourth_root_(abs_(exp_avg)), factor, half), exp_avg);
 }
 
-// Integers in [0, 255], 0 only for 0; `dither` in [0, 1).
+// Within [1, 256): `dither` is in [0, 1). The order in max_ drops the NaN of quick_sqrt_(0).
 template <class V>
 FASTFT_HD V encode_root(V root, V factor, V dither) {
-    const V zero = ValueTraits<V>::splat(0), one = ValueTraits<V>::splat(1);
-    const V most = ValueTraits<V>::splat(ScalarOf<V>(kRootCodes));
-    const V code = max_(one, floor_(fma_(sqrt_(root), factor, dither)));
-    return select_(root > zero, select_(code > most, most, code), zero);
+    return max_(fma_(quick_sqrt_(root), factor, dither), ValueTraits<V>::splat(1));
 }
 
 // The dither of the element `index` (0 to kCodeBlock - 1) of a block: Weyl sequences over elements (golden
