@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "fastft/adamw_math.h"
 #include "fastft/cpu_capability.h"
 #include "ops.h"
 #include "util.h"
@@ -106,6 +107,8 @@ void bias_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor ex
         check(row.group >= 0 && row.group < args.group_count && row.step >= 0 && row.step < steps.size(0) &&
                   row.offset >= 0 && row.offset + row.numel <= args.total,
               "bias_adamw: the plan does not fit the state");
+        check(i == 0 || row.group >= args.tensors[i - 1].group,
+              "bias_adamw: the plan is not in the order of groups");
     }
     if (lr) {
         check_flat(*lr, args.group_count, ScalarType::Float, device,

@@ -114,7 +114,10 @@ FASTFT_HD V adamw_update(AdamWElement<V>& x, V grad, const AdamWCoefficients<V>&
     return root;
 }
 
-// What the first launch tells the second about all gradients, and the caller about the step.
+// Whether there is a first pass.
+FASTFT_HD bool wants_norm(const AdamWArgs& args) { return args.max_grad_norm > 0 || args.skip_non_finite; }
+
+// What the first pass tells the second about all gradients, and the caller about the step.
 template <class S>
 struct AdamWStatus {
     S grad_norm;    // 2-norm of all gradients, unscaled, before clipping

@@ -64,8 +64,6 @@ struct AdamWArgs {
     bool is_double;        // Acc is double; all tensors are Float64 then
 };
 
-inline bool wants_norm(const AdamWArgs& args) { return args.max_grad_norm > 0 || args.skip_non_finite; }
-
 // Chunks [begin, end), on the calling thread: the sums of squares; the update itself, with args.status
 // written.
 void bias_adamw_norm_cpu(const AdamWArgs& args, int64_t begin, int64_t end);
