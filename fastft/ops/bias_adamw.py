@@ -106,7 +106,7 @@ class AdamWPlan:
     @classmethod
     def make(cls, state: AdamWState, params: Sequence[Tensor], indices: Sequence[int],
              group_sizes: Sequence[int]) -> AdamWPlan:  # fmt: skip
-        """For params, which are the tensors `indices` of the state; the first group_sizes[0] form group 0, and so on."""
+        """For params, the tensors `indices` of the state, of which the first group_sizes[0] form group 0, and so on."""
         chunk = _extension.load().ADAMW_CHUNK
         groups = [group for group, size in enumerate(group_sizes) for _ in range(size)]
         rows, chunk_tensors = [], []

@@ -33,20 +33,18 @@ class BiasAdamW(torch.optim.Optimizer):
     gradients themselves stay as they are); 0 does not. Under ZeRO leave it to the engine, which sees all ranks.
     skip_non_finite: leave everything as it is where the norm is not finite; clipping does so in any case.
 
-    Parameters: dense, contiguous, float32, bfloat16, float16 (float64 on the CPU and not beside others), all on one
-    device. One whose gradient is None is left alone. 32-bit state has torch.optim.AdamW's keys, shapes and meaning,
-    so either loads the other's state_dict. 8-bit state is kept under the same keys as integers, beside
-    ``exp_avg_scale`` and ``exp_avg_sq_scale`` (decoded as csrc/include/fastft/adamw_math.h says).
+    Parameters: dense, contiguous, float32, bfloat16, float16 (float64 on the CPU and not beside others), on one device.
+    One whose gradient is None is left alone. 32-bit state has torch.optim.AdamW's keys, shapes and meaning, so either
+    loads the other's state_dict (a 16-bit parameter's state is float32 here). 8-bit state is kept under the same keys
+    as integers, beside ``exp_avg_scale`` and ``exp_avg_sq_scale`` (csrc/include/fastft/adamw_math.h decodes them).
+    ``state`` holds views of the flat buffers: change it by writing into them, by load_state_dict, or as a whole.
 
-    Works with closures, schedulers, torch.amp.GradScaler (whose checks it does on the device), and as DeepSpeed's client
-    optimizer under ZeRO-0 to 3. Nothing waits for the device; with a tensor lr a CUDA graph captures the step.
+    Works with closures, schedulers, torch.amp.GradScaler (unscaling and skipping on the device), and as DeepSpeed's
+    client optimizer under ZeRO-0 to 3. Nothing waits for the device; with a tensor lr a CUDA graph captures the step.
     Raises ValueError on an option or tensor that does not fit.
     """
 
     _step_supports_amp_scaling = True
-    # torch.amp.GradScaler sets these around step() and deletes them afterwards.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -126,8 +124,9 @@ class BiasAdamW(torch.optim.Optimizer):
             plan,
             hyperparameters,
             lr=self._device_lr() if device_lr else None,
-            grad_scale=self.grad_scale,
-            found_inf=self.found_inf,
+            # torch.amp.GradScaler sets these around step() and deletes them afterwards.
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
             max_grad_norm=self.max_grad_norm,
             skip_non_finite=self.skip_non_finite,
         )
@@ -137,7 +136,12 @@ class BiasAdamW(torch.optim.Optimizer):
         """As in torch; the state keeps its own dtype. Raises ValueError where its width is another one."""
         # torch would cast the state to the parameter's dtype. What it does not know it passes on as it is.
         state = {k: _Opaque(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": state})
+        before = self.__dict__.copy()
+        try:
+            super().load_state_dict({**state_dict, "state": state})
+        except Exception:
+            self.__dict__.update(before)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         options = ("state_bits", "master_weights", "max_grad_norm", "skip_non_finite")
@@ -156,14 +160,19 @@ class BiasAdamW(torch.optim.Optimizer):
     def _forget_layout(self) -> None:
         self._flat: AdamWState | None = None
         self._index: dict[Tensor, int] = {}
+        self._views: dict[Tensor, Tensor] = {}  # each parameter's exp_avg
         self._plans: dict[tuple, AdamWPlan] = {}
 
     def _plan(self, params: list[Tensor], group_sizes: list[int]) -> AdamWPlan:
+        # Loading by hand, as DeepSpeed does, replaces the state of all parameters; looking at one is enough.
+        replaced = len(self.state) != len(self._index) or self.state[params[0]].get("exp_avg") is not self._views.get(
+            params[0]
+        )
         # The parameters in a layout are alive, so their ids are theirs.
-        key = (*group_sizes, *map(id, params))
-        plan = self._plans.get(key)
-        if plan is None or len(self.state) != len(self._index):
-            if len(self.state) != len(self._index) or any(p not in self._index for p in params):
+        key = (tuple(group_sizes), tuple(map(id, params)))
+        plan = None if replaced else self._plans.get(key)
+        if plan is None:
+            if replaced or any(p not in self._index for p in params):
                 # DeepSpeed puts another flat tensor into the group for each step: those that were there stay.
                 self._lay_out(list(dict.fromkeys([*self.state, *params])))
             if len(self._plans) >= _MAX_PLANS:
@@ -188,6 +197,7 @@ class BiasAdamW(torch.optim.Optimizer):
         self._forget_layout()
         self._flat = flat
         self._index = {p: i for i, p in enumerate(params)}
+        self._views = {p: self.state[p]["exp_avg"] for p in params}
 
     def _device_lr(self) -> Tensor:
         device = self._flat.status.device
