@@ -229,5 +229,5 @@ def _check_state(name: str, value: Any, view: Tensor) -> None:
     value = torch.as_tensor(value)
     if value.numel() != view.numel():
         raise ValueError(f"{_NAME}: {name} is {list(value.shape)}, expected {list(view.shape)} like its parameter")
-    if value.is_floating_point() != view.is_floating_point():
+    if name != "step" and value.is_floating_point() != view.is_floating_point():
         raise ValueError(f"{_NAME}: {name} is {value.dtype}, expected {view.dtype}; state_bits must be as it was saved")

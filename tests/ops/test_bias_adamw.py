@@ -663,8 +663,12 @@ def test_state_dict_is_that_of_torch_adamw(device):
     """32-bit state goes from one to the other and back."""
     start = tensors(SIZES, torch.float32, device)
     settings = {"lr": 1e-2, "weight_decay": 0.1}
-    truth, _ = train(lambda p: torch.optim.AdamW(p, **settings), start, 6)
-    for first, second in ((torch.optim.AdamW, BiasAdamW), (BiasAdamW, torch.optim.AdamW)):
+
+    def torch_adamw(params, **settings):  # fused, so that on CUDA its step counts are tensors there
+        return torch.optim.AdamW(params, fused=True, **settings)
+
+    truth, _ = train(lambda p: torch_adamw(p, **settings), start, 6)
+    for first, second in ((torch_adamw, BiasAdamW), (BiasAdamW, torch_adamw)):
         params = parameters(start)
         optimizer = first(params, **settings)
         for step in range(6):
