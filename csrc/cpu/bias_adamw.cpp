@@ -65,12 +65,12 @@ double sum_of_squares(const T* x, int64_t n) {
     return total;
 }
 
-// Master weights apart: the parameter that is computed with is the parameter itself.
+// What a block reads and writes beside its state.
 template <class T, class S>
 struct Pointers {
     T* param;
     const T* grad;
-    S* master;  // null: compute with param
+    S* master;  // what is computed with, param being its rounded copy; null: param itself
 };
 
 template <class V, class T, class S>

@@ -181,14 +181,15 @@ def bias_adamw(
     torch.autograd.graph.increment_version(params)
 
 
-def check_params(op: str, params: Sequence[Tensor]) -> None:
-    """Raises ValueError on a parameter that the kernel does not take."""
+def check_params(op: str, params: Sequence[Tensor], like: Tensor | None = None) -> None:
+    """Raises ValueError on a parameter that the kernel does not take, or not together with `like` (the first one)."""
     for i, p in enumerate(params):
         name = f"params[{i}]"
         check_float(op, name, p)
-        check_like(op, name, p, "params[0]", params[0], dtype=False)
-        if (p.dtype == torch.float64) != (params[0].dtype == torch.float64):
-            raise ValueError(f"{op}: {name} is {p.dtype} beside {params[0].dtype}; float64 cannot be mixed with others")
+        like = p if like is None else like
+        check_like(op, name, p, "the first one", like, dtype=False)
+        if (p.dtype == torch.float64) != (like.dtype == torch.float64):
+            raise ValueError(f"{op}: {name} is {p.dtype} beside {like.dtype}; float64 cannot be mixed with others")
         if p.dtype == torch.float64 and p.is_cuda:
             raise ValueError(f"{op}: {name} is float64 on {p.device}; float64 is a CPU dtype")
         if p.layout != torch.strided or not p.is_contiguous():

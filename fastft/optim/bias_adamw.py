@@ -87,7 +87,7 @@ class BiasAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_group(group)
-            check_params(_NAME, [p for g in self.param_groups for p in g["params"]])
+            check_params(_NAME, group["params"], like=next((p for g in self.param_groups for p in g["params"]), None))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -165,9 +165,9 @@ class BiasAdamW(torch.optim.Optimizer):
 
     def _plan(self, params: list[Tensor], group_sizes: list[int]) -> AdamWPlan:
         # Loading by hand, as DeepSpeed does, replaces the state of all parameters; looking at one is enough.
-        replaced = len(self.state) != len(self._index) or self.state[params[0]].get("exp_avg") is not self._views.get(
-            params[0]
-        )
+        first = params[0]
+        replaced = self.state.get(first, {}).get("exp_avg") is not self._views.get(first)
+        replaced |= len(self.state) != len(self._index)
         # The parameters in a layout are alive, so their ids are theirs.
         key = (tuple(group_sizes), tuple(map(id, params)))
         plan = None if replaced else self._plans.get(key)

@@ -14,6 +14,7 @@ from fastft.ops import reference
 from fastft.ops.bias_adamw import AdamWPlan, AdamWState
 from fastft.optim import BiasAdamW
 
+# Around a block of codes and a chunk (kCodeBlock and kAdamWChunk in csrc/include/fastft/bias_adamw.h).
 SIZES = [1, 7, 255, 256, 257, 4095, 4096, 4097, 10_001]
 HYPERPARAMETERS = [1e-2, 0.9, 0.99, 1e-8, 0.1]
 
@@ -413,6 +414,8 @@ def test_an_added_group_that_does_not_fit_is_not_added():
     optimizer = BiasAdamW([torch.zeros(3)])
     with pytest.raises(ValueError, match="lr is -1"):
         optimizer.add_param_group({"params": [torch.zeros(2)], "lr": -1})
+    with pytest.raises(ValueError, match=r"params\[1\] is torch.float64 beside torch.float32"):
+        optimizer.add_param_group({"params": [torch.zeros(2), torch.zeros(2).double()]})
     assert len(optimizer.param_groups) == 1
 
 
@@ -718,7 +721,7 @@ def test_parameters_come_go_and_have_no_gradient(device):
 
 
 def test_state_put_in_by_hand_is_used(device):
-    """Entries that are removed start anew."""
+    """Entries that are replaced, as DeepSpeed does when it loads, count; those that are removed start anew."""
     params = parameters(tensors([300, 40], torch.float32, device))
     optimizer = BiasAdamW(params)
     with_grads(params, tensors([300, 40], torch.float32, device, seed=1))
@@ -727,6 +730,11 @@ def test_state_put_in_by_hand_is_used(device):
     del optimizer.state[params[1]]
     optimizer.step()
     assert [optimizer.state[p]["step"].item() for p in params] == [3, 1]
+    for p in params:
+        optimizer.state[p] = {k: torch.full_like(v, 10) for k, v in optimizer.state[p].items()}
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [11, 11]
+    assert (optimizer.state[params[0]]["exp_avg"] > 8).all()
 
 
 def test_swapped_flat_shards_as_under_zero_3(device):
