@@ -566,6 +566,29 @@ def test_8_bit_state_follows_32_bit_state_closer_than_bitsandbytes():
     assert distance[0] < distance[1]
 
 
+def test_8_bit_state_holds_gradients_of_very_different_size():
+    """Within a block the gradients' sizes spread over e^(+-7); every element still learns at about its rate."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    maps = functional.create_dynamic_map(True), functional.create_dynamic_map(False)
+    scale, mean = (2.5 * torch.randn(2048)).exp(), 0.3 * torch.randn(2048)
+    ends = []
+    for make in (
+        lambda p: BiasAdamW(p, lr=1e-2),
+        lambda p: BiasAdamW(p, lr=1e-2, state_bits=8),
+        lambda p: TreeAdamW(p, *maps),
+    ):
+        generator = torch.Generator().manual_seed(1)
+        params = [torch.zeros(2048, requires_grad=True)]
+        optimizer = make(params)
+        for _ in range(100):
+            params[0].grad = scale * (mean + torch.randn(2048, generator=generator))
+            optimizer.step()
+        ends.append(flat(params))
+    ours, tree = ((end - ends[0]).norm() / ends[0].norm() for end in ends[1:])
+    assert ours < 0.5
+    assert ours < 0.1 * tree
+
+
 class TreeAdamW(torch.optim.Optimizer):
     """AdamW whose moments pass through bitsandbytes' dynamic tree maps after every step, in blocks of 256.
 
