@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SANITIZED = """
 import torch
 from fastft import ops
+from fastft.optim import BiasAdamW
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     for vocab in (1, 9, 1001, 8209):
@@ -44,6 +45,12 @@ for dtype in (torch.float32, torch.bfloat16):
         ops.linear_topk_kl(h, w, ids, log_probs, chunk_rows=2).backward()
         ops.linear_topk_kl(h, w, ids, log_probs, tail=False).backward()
         ops.linear_cross_entropy(h, w, ids[:, 0], chunk_rows=2).backward()
+    for state_bits in (32, 8):
+        wide = [torch.randn(n + 1, device="cuda").to(dtype) for n in (0, 1, 257, 4097, 9001)]
+        optimizer = BiasAdamW([x[1:].requires_grad_() for x in wide], state_bits=state_bits, max_grad_norm=1.0)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
 torch.cuda.synchronize()
 print("done")
 """

@@ -215,7 +215,11 @@ class TrainConfig(Section):
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up, to zero")
-    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="torch AdamW, or bitsandbytes' 8-bit AdamW")
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "bias_adamw", "bias_adamw_8bit"] = Field(
+        "auto",
+        description="torch's AdamW; bitsandbytes' with 8-bit state; fastft's, all tensors in one launch, with 32- or "
+        "8-bit state; auto: bias_adamw for peft.kind=bitfit, else adamw",
+    )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="AdamW decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastft.config import PeftConfig, TrainConfig
-from fastft.optim import LR_SCALE, build_optimizer, learning_rate
+from fastft.optim import LR_SCALE, BiasAdamW, build_optimizer, learning_rate
 
 
 def parameters() -> dict[str, torch.nn.Parameter]:
@@ -28,6 +28,24 @@ def test_lora_plus_scales_the_rate_of_lora_B_alone():
 def test_without_lora_plus_there_is_one_group():
     groups = build_optimizer(parameters(), TrainConfig(), PeftConfig()).param_groups
     assert [(len(g["params"]), g[LR_SCALE]) for g in groups] == [(4, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "expected"),
+    [
+        ("auto", "lora", (torch.optim.AdamW, None)),
+        ("auto", "bitfit", (BiasAdamW, 32)),
+        ("bias_adamw", "full", (BiasAdamW, 32)),
+        ("bias_adamw_8bit", "bitfit", (BiasAdamW, 8)),
+        ("adamw", "bitfit", (torch.optim.AdamW, None)),
+    ],
+)
+def test_the_optimizer_of_a_config(optimizer, kind, expected):
+    config = TrainConfig(optimizer=optimizer, lr=0.5, weight_decay=0.25, betas=(0.5, 0.75), eps=1e-3)
+    built = build_optimizer(parameters(), config, PeftConfig(kind=kind))
+    assert (type(built), getattr(built, "state_bits", None)) == expected
+    group = built.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.5, 0.25, (0.5, 0.75), 1e-3)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

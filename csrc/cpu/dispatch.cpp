@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fastft/bias_adamw.h"
 #include "fastft/cpu_capability.h"
 #include "fastft/cross_entropy.h"
 #include "fastft/log_softmax_kl.h"
@@ -25,6 +26,8 @@ namespace fastft {
     void lora_up(const LoraUpArgs&, int64_t, int64_t);                                    \
     void lora_outer_pack(const LoraOuterArgs&, int64_t, int64_t);                         \
     void lora_outer(const LoraOuterArgs&, int64_t, int64_t);                              \
+    void bias_adamw_norm_chunks(const AdamWArgs&, int64_t, int64_t);                      \
+    void bias_adamw_update_chunks(const AdamWArgs&, int64_t, int64_t);                    \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -140,6 +143,12 @@ void lora_outer_pack_cpu(const LoraOuterArgs& args, int64_t begin, int64_t end) 
 }
 void lora_outer_cpu(const LoraOuterArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(lora_outer, args, begin, end);
+}
+void bias_adamw_norm_cpu(const AdamWArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(bias_adamw_norm_chunks, args, begin, end);
+}
+void bias_adamw_update_cpu(const AdamWArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(bias_adamw_update_chunks, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "fastft/bias_adamw.h"
 #include "fastft/build_info.h"
 #include "fastft/cpu_capability.h"
 #include "fastft/huge_pages.h"
@@ -103,6 +104,8 @@ double kl_by_threads(uintptr_t p_address, uintptr_t q_address, int64_t n, int th
 PYBIND11_MODULE(_build, m) {
     m.doc() = "Build information, device limits and launch configurations of fastft's kernels.";
     m.def("info", &info);
+    m.attr("ADAMW_CHUNK") = fastft::kAdamWChunk;
+    m.attr("ADAMW_CODE_BLOCK") = fastft::kCodeBlock;
     m.def("launch_configurations", &launch_configurations);
     m.def("devices", &devices);
     m.def("cpu_capability", [] { return fastft::name_of(fastft::cpu_capability()); });

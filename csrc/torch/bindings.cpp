@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     m.def("lora_outer(Tensor u, Tensor y, bool transposed) -> Tensor");
     m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
 
+    m.def(
+        "bias_adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+        "Tensor(d!)? scales, Tensor(e!)? master, Tensor(f!) steps, Tensor(g!) status, Tensor(h!) partials, "
+        "Tensor(i!) tickets, Tensor plan, Tensor device_plan, float[] hyperparameters, Tensor? lr, "
+        "Tensor? grad_scale, Tensor? found_inf, float max_grad_norm, bool skip_non_finite) -> ()");
+
     // -> the loss ([] or, with reduction none, [rows]); what each row's divergence is multiplied with in it;
     // d divergence / d hidden per row, and d loss / d weight, both empty unless asked for.
     m.def(
@@ -62,6 +68,7 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("lora_up", TORCH_BOX(&fastft::lora_up));                                 \
         m.impl("lora_outer", TORCH_BOX(&fastft::lora_outer));                           \
         m.impl("row_reduce", TORCH_BOX(&fastft::row_reduce));                           \
+        m.impl("bias_adamw", TORCH_BOX(&fastft::bias_adamw));                           \
     }
 
 // One glue function serves both devices; which kernel it calls is the tensor's device.
@@ -78,8 +85,9 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
-    for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-                           "cross_entropy_rows", "lora_down", "lora_up", "lora_outer", "row_reduce"}) {
+    for (const char* op :
+         {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
+          "cross_entropy_rows", "lora_down", "lora_up", "lora_outer", "row_reduce", "bias_adamw"}) {
         m.impl(op, &no_cuda);
     }
 }

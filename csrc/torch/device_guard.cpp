@@ -1,4 +1,5 @@
 // DeviceGuard, and the CUDA entry points of a build without CUDA.
+#include "fastft/bias_adamw.h"
 #include "fastft/build_info.h"
 #include "fastft/cross_entropy.h"
 #include "fastft/cuda_device.h"
@@ -34,6 +35,7 @@ void log_softmax_kl_cuda(const LogSoftmaxKlArgs&, cudaStream_t) { no_cuda(); }
 void log_softmax_kl_backward_cuda(const LogSoftmaxKlBackwardArgs&, cudaStream_t) { no_cuda(); }
 void topk_kl_cuda(const TopkKlArgs&, cudaStream_t) { no_cuda(); }
 void cross_entropy_cuda(const CrossEntropyArgs&, cudaStream_t) { no_cuda(); }
+void bias_adamw_cuda(const AdamWArgs&, cudaStream_t) { no_cuda(); }
 void row_reduce_cuda(const RowReduceArgs&, cudaStream_t) { no_cuda(); }
 #endif
 

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastft {
 
@@ -26,5 +27,11 @@ void lora_down(const Tensor& x, const Tensor& a, double scaling, Tensor u);
 void lora_up(Tensor y, const Tensor& u, const Tensor& b);
 Tensor lora_outer(const Tensor& u, const Tensor& y, bool transposed);
 std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
+void bias_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,
+                std::optional<Tensor> scales, std::optional<Tensor> master, Tensor steps, Tensor status,
+                Tensor partials, Tensor tickets, const Tensor& plan, const Tensor& device_plan,
+                std::vector<double> hyperparameters, std::optional<Tensor> lr,
+                std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, double max_grad_norm,
+                bool skip_non_finite);
 
 }  // namespace fastft

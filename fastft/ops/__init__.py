@@ -5,6 +5,7 @@ RuntimeError that says how to build it.
 """
 
 from fastft.ops import _extension
+from fastft.ops import bias_adamw as _bias_adamw
 from fastft.ops import linear_cross_entropy as _linear_cross_entropy
 from fastft.ops import linear_log_softmax_kl as _linear_log_softmax_kl
 from fastft.ops import linear_topk_kl as _linear_topk_kl
@@ -14,9 +15,10 @@ from fastft.ops._extension import available, build_info
 
 # Modules and functions share their names; the functions are what this package exports.
 _extension.import_extension(
-    [_log_softmax_kl, _linear_log_softmax_kl, _linear_topk_kl, _linear_cross_entropy, _lora_linear]
+    [_log_softmax_kl, _linear_log_softmax_kl, _linear_topk_kl, _linear_cross_entropy, _lora_linear, _bias_adamw]
 )
 
+bias_adamw = _bias_adamw.bias_adamw
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 linear_log_softmax_kl = _linear_log_softmax_kl.linear_log_softmax_kl
 linear_topk_kl = _linear_topk_kl.linear_topk_kl
@@ -26,6 +28,7 @@ lora_linears = _lora_linear.lora_linears
 
 __all__ = [
     "available",
+    "bias_adamw",
     "build_info",
     "linear_cross_entropy",
     "linear_log_softmax_kl",

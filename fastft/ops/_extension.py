@@ -59,7 +59,7 @@ def build_info() -> dict:
     """
     from fastft import __version__
 
-    public = ["linear_cross_entropy", "linear_log_softmax_kl", "linear_topk_kl", "log_softmax_kl"]
+    public = ["bias_adamw", "linear_cross_entropy", "linear_log_softmax_kl", "linear_topk_kl", "log_softmax_kl"]
     try:
         module = load()
         info = module.info()

@@ -92,3 +92,47 @@ def lora_linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return torch.nn.functional.linear(x, weight, bias) + scaling * (x @ lora_A.t()) @ lora_B.t()
+
+
+def bias_adamw(
+    params: list[Tensor], grads: list[Tensor], state: list[dict[str, Tensor]], hyperparameters: list[float], *,
+    grad_scale: Tensor | None = None, found_inf: Tensor | None = None, max_grad_norm: float = 0.0,
+    skip_non_finite: bool = False,
+) -> Tensor:  # fmt: skip
+    """In place, with each tensor's state apart: step, exp_avg, exp_avg_sq, and master_param where there is one.
+
+    hyperparameters: lr, beta1, beta2, eps, weight_decay of all tensors. Returns the norm of all gradients.
+    """
+    lr, beta1, beta2, eps, weight_decay = hyperparameters
+    dtype = _compute_dtype(params[0])
+    scale = 1.0 if grad_scale is None else grad_scale.to(dtype)
+    grads = [g.to(dtype) / scale for g in grads]
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    checked = max_grad_norm > 0 or skip_non_finite
+    if (checked and not norm.isfinite()) or (found_inf is not None and found_inf != 0):
+        return norm
+    clip = (max_grad_norm / (norm + 1e-6)).clamp_max(1) if max_grad_norm > 0 else 1.0
+    for p, g, s in zip(params, grads, state, strict=True):
+        g = g * clip
+        s["step"] += 1
+        step = s["step"].item()
+        s["exp_avg"] += (1 - beta1) * (g - s["exp_avg"])
+        s["exp_avg_sq"].copy_(beta2 * s["exp_avg_sq"] + (1 - beta2) * g * g)
+        new = s.get("master_param", p).to(dtype) * (1 - lr * weight_decay)
+        denominator = s["exp_avg_sq"].sqrt() / (1 - beta2**step) ** 0.5 + eps
+        new -= lr / (1 - beta1**step) * s["exp_avg"] / denominator
+        p.copy_(new)
+        if "master_param" in s:
+            s["master_param"].copy_(new)
+    return norm
+
+
+def adamw_decode(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(exp_avg, exp_avg_sq) of a tensor's 8-bit state (csrc/include/fastft/adamw_math.h), in its scales' dtype."""
+
+    def expand(scale):
+        return scale.repeat_interleave(256)[: state["exp_avg"].numel()].view(state["exp_avg"].shape)
+
+    code1, code2 = (state[name].to(state["exp_avg_scale"].dtype) for name in ("exp_avg", "exp_avg_sq"))
+    root = (code2 / 254.99) ** 2 * expand(state["exp_avg_sq_scale"])
+    return (code1 / 127) ** 4 * code1.sign() * expand(state["exp_avg_scale"]), root * root

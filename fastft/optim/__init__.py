@@ -7,6 +7,9 @@ import math
 import torch
 
 from fastft.config import PeftConfig, TrainConfig
+from fastft.optim.bias_adamw import BiasAdamW
+
+__all__ = ["LR_SCALE", "BiasAdamW", "build_optimizer", "learning_rate"]
 
 LR_SCALE = "lr_scale"  # in a parameter group: its learning rate over the schedule's
 
@@ -27,8 +30,13 @@ def build_optimizer(
         for fast, scale in ((False, 1.0), (True, peft.lora_plus_ratio))
         if fast in is_fast.values()
     ]
-    if config.optimizer == "adamw":
+    kind = config.optimizer
+    if kind == "auto":
+        kind = "bias_adamw" if peft.kind == "bitfit" else "adamw"
+    if kind == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
+    if kind in ("bias_adamw", "bias_adamw_8bit"):
+        return BiasAdamW(parameters, **settings, state_bits=8 if kind == "bias_adamw_8bit" else 32)
     import bitsandbytes  # slow to import; only the 8-bit optimizer needs it
 
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
