@@ -9,7 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.errors import ModelError
-from fastft.ops import lora_linear
+from fastft.ops import lora_linear, lora_linears
+
+# Siblings that models call one after the other with the same input.
+SHARED_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)
 
 
 class LoraLinear(nn.Module):
@@ -26,13 +32,62 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=base.weight.dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=base.weight.dtype))
         self.scaling = lora_alpha / r
+        self.shared_input: SharedInput | None = None
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shared_input is not None:
+            return self.shared_input.output(self, x)
         return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, r={self.lora_A.shape[0]}, scaling={self.scaling:g}"
+
+
+class SharedInput:
+    """LoRA layers of one input: the first that is called computes all, the others find their output here.
+
+    Their x is then read once for all lora_A, and backward sums their gradients in place. The layers stay where they
+    are in the model, so names, hooks and files know nothing of it.
+    """
+
+    def __init__(self, layers: list[LoraLinear]):
+        self.layers = layers
+        self.waiting: dict[LoraLinear, torch.Tensor] = {}
+        self.key: tuple | None = None  # what `waiting` was computed from
+
+    def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+        key = (x, x._version, torch.is_grad_enabled(), *(p._version for m in self.layers for p in (m.lora_A, m.lora_B)))
+        found = self.key is not None and self.key[0] is x and self.key[1:] == key[1:]
+        if not (found and layer in self.waiting):
+            layers = self.layers
+            # Where ZeRO-3 has gathered this layer alone, the others' weights are not here.
+            if not all(m.weight.numel() and m.lora_A.numel() for m in layers):
+                layers = [layer]
+            outputs = lora_linears(
+                x,
+                [m.weight for m in layers],
+                [m.lora_A for m in layers],
+                [m.lora_B for m in layers],
+                layer.scaling,
+                [m.bias for m in layers],
+            )
+            self.waiting, self.key = dict(zip(layers, outputs, strict=True)), key
+        result = self.waiting.pop(layer)
+        if not self.waiting:
+            self.key = None
+        return result
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the LoRA layers of each parent that read the same input compute together."""
+    for parent in model.modules():
+        for names in SHARED_INPUT:
+            layers = [m for m in (getattr(parent, name, None) for name in names) if isinstance(m, LoraLinear)]
+            if len(layers) > 1 and len({m.in_features for m in layers}) == 1:
+                shared = SharedInput(layers)
+                for layer in layers:
+                    layer.shared_input = shared
 
 
 def target_linears(model: PreTrainedModel, target_modules: str | list[str]) -> dict[str, nn.Linear]:
@@ -66,4 +121,5 @@ def inject(
         adapted = LoraLinear(linear, r, lora_alpha)
         model.set_submodule(name, adapted)
         trained |= {f"{name}.lora_A": adapted.lora_A, f"{name}.lora_B": adapted.lora_B}
+    share_inputs(model)
     return trained
