@@ -8,6 +8,7 @@
 #include "fastft/bias_adamw.h"
 #include "fastft/cpu_capability.h"
 #include "fastft/cross_entropy.h"
+#include "fastft/dequantise.h"
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
 #include "fastft/topk_kl.h"
@@ -28,6 +29,8 @@ namespace fastft {
     void lora_outer(const LoraOuterArgs&, int64_t, int64_t);                              \
     void bias_adamw_norm_chunks(const AdamWArgs&, int64_t, int64_t);                      \
     void bias_adamw_update_chunks(const AdamWArgs&, int64_t, int64_t);                    \
+    void dequantise_4bit_range(const Dequantise4bitArgs&, int64_t, int64_t);              \
+    void dequantise_8bit_rows(const Dequantise8bitArgs&, int64_t, int64_t);               \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -149,6 +152,12 @@ void bias_adamw_norm_cpu(const AdamWArgs& args, int64_t begin, int64_t end) {
 }
 void bias_adamw_update_cpu(const AdamWArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(bias_adamw_update_chunks, args, begin, end);
+}
+void dequantise_4bit_cpu(const Dequantise4bitArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(dequantise_4bit_range, args, begin, end);
+}
+void dequantise_8bit_cpu(const Dequantise8bitArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(dequantise_8bit_rows, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

@@ -193,6 +193,8 @@ KernelEntry log_softmax_kl_backward_entry();
 KernelEntry topk_kl_entry();
 KernelEntry cross_entropy_entry();
 KernelEntry row_reduce_entry();
+KernelEntry dequantise_4bit_entry();
+KernelEntry dequantise_8bit_entry();
 KernelEntry adamw_norm_entry();
 KernelEntry adamw_update_entry();
 KernelEntry adamw_update_8bit_entry();

@@ -46,10 +46,11 @@ bool device_limits(int device, DeviceLimits* out) {
 }
 
 int launch_configurations(LaunchConfiguration* out, int capacity) {
-    const KernelEntry kernels[] = {log_softmax_kl_entry(), log_softmax_kl_backward_entry(),
-                                   topk_kl_entry(),        cross_entropy_entry(),
-                                   row_reduce_entry(),     adamw_norm_entry(),
-                                   adamw_update_entry(),   adamw_update_8bit_entry()};
+    const KernelEntry kernels[] = {log_softmax_kl_entry(),  log_softmax_kl_backward_entry(),
+                                   topk_kl_entry(),         cross_entropy_entry(),
+                                   row_reduce_entry(),      adamw_norm_entry(),
+                                   adamw_update_entry(),    adamw_update_8bit_entry(),
+                                   dequantise_4bit_entry(), dequantise_8bit_entry()};
     const bool device = device_count() > 0;
     int n = 0;
     for (const KernelEntry& kernel : kernels) {

@@ -30,6 +30,12 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     m.def("lora_down(Tensor x, Tensor a, float scaling, Tensor(a!) u) -> ()");
     m.def("lora_up(Tensor(a!) y, Tensor u, Tensor b) -> ()");
     m.def("lora_outer(Tensor u, Tensor y, bool transposed) -> Tensor");
+    // A tile of a quantised weight: see fastft/dequantise.h.
+    m.def(
+        "dequantise_4bit(Tensor packed, Tensor code, Tensor absmax, Tensor? absmax_code, Tensor? "
+        "absmax_scale, "
+        "float absmax_offset, int block, int absmax_block, int first, Tensor(a!) out) -> ()");
+    m.def("dequantise_8bit(Tensor values, Tensor scale, Tensor(a!) out) -> ()");
     m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
 
     m.def(
@@ -67,6 +73,8 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("lora_down", TORCH_BOX(&fastft::lora_down));                             \
         m.impl("lora_up", TORCH_BOX(&fastft::lora_up));                                 \
         m.impl("lora_outer", TORCH_BOX(&fastft::lora_outer));                           \
+        m.impl("dequantise_4bit", TORCH_BOX(&fastft::dequantise_4bit));                 \
+        m.impl("dequantise_8bit", TORCH_BOX(&fastft::dequantise_8bit));                 \
         m.impl("row_reduce", TORCH_BOX(&fastft::row_reduce));                           \
         m.impl("bias_adamw", TORCH_BOX(&fastft::bias_adamw));                           \
     }
@@ -85,9 +93,9 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
-    for (const char* op :
-         {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-          "cross_entropy_rows", "lora_down", "lora_up", "lora_outer", "row_reduce", "bias_adamw"}) {
+    for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
+                           "cross_entropy_rows", "lora_down", "lora_up", "lora_outer", "dequantise_4bit",
+                           "dequantise_8bit", "row_reduce", "bias_adamw"}) {
         m.impl(op, &no_cuda);
     }
 }

@@ -4,7 +4,7 @@ Importing this package never fails for want of the compiled extension; the first
 RuntimeError that says how to build it.
 """
 
-from fastft.ops import _extension
+from fastft.ops import _extension, frozen_weight
 from fastft.ops import bias_adamw as _bias_adamw
 from fastft.ops import linear_cross_entropy as _linear_cross_entropy
 from fastft.ops import linear_log_softmax_kl as _linear_log_softmax_kl
@@ -12,10 +12,19 @@ from fastft.ops import linear_topk_kl as _linear_topk_kl
 from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops import lora_linear as _lora_linear
 from fastft.ops._extension import available, build_info
+from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit
 
 # Modules and functions share their names; the functions are what this package exports.
 _extension.import_extension(
-    [_log_softmax_kl, _linear_log_softmax_kl, _linear_topk_kl, _linear_cross_entropy, _lora_linear, _bias_adamw]
+    [
+        _log_softmax_kl,
+        _linear_log_softmax_kl,
+        _linear_topk_kl,
+        _linear_cross_entropy,
+        _lora_linear,
+        _bias_adamw,
+        frozen_weight,
+    ]
 )
 
 bias_adamw = _bias_adamw.bias_adamw
@@ -27,6 +36,9 @@ lora_linear = _lora_linear.lora_linear
 lora_linears = _lora_linear.lora_linears
 
 __all__ = [
+    "FrozenWeight",
+    "Weight4bit",
+    "Weight8bit",
     "available",
     "bias_adamw",
     "build_info",

@@ -33,8 +33,12 @@ def import_extension(op_modules) -> None:
     except ImportError as error:
         _error = f"fastft's extension does not load ({error}): {_REBUILD}"
         return
-    for op_module in op_modules:
-        op_module.register()
+    try:
+        for op_module in op_modules:
+            op_module.register()
+    except (AttributeError, RuntimeError) as error:
+        _error = f"fastft's extension is not that of these sources ({str(error).splitlines()[0]}): {_REBUILD}"
+        return
     _module, _error = module, ""
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from fastft.ops import _extension
 
 # Of a quantised weight, so much is dequantised at a time: large enough for the product to run at full speed, small
 # enough to be no matter beside the quantised model, and on a CPU to be multiplied while it is still in the cache.
@@ -13,23 +17,131 @@ TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 class FrozenWeight:
     """A weight [N, K] in a compressed form that takes no gradient.
 
-    shape is (N, K); dequantise(begin, end, out) writes rows [begin, end) into out [end - begin, K].
+    `lora_linear` takes one in place of a weight. A tile of rows is dequantised for each matrix product that needs it
+    and thrown away: nothing of the whole weight's size exists.
     """
 
     shape: tuple[int, int]
 
     def dequantise(self, begin: int, end: int, out: Tensor) -> None:
+        """Writes rows [begin, end) into out [end - begin, K], of any floating dtype."""
         raise NotImplementedError
 
-    def tiles(self, like: Tensor):
+    def tiles(self, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """(begin, end, rows [begin, end) in the dtype of `like`), all in one buffer that is used again and again."""
+        _extension.load()
         N, K = self.shape
-        count = max(1, TILE_BYTES.get(like.device.type, TILE_BYTES["cpu"]) // max(1, K * like.element_size()))
+        count = TILE_BYTES.get(like.device.type, TILE_BYTES["cpu"]) // max(1, K * like.element_size())
+        count = max(2, count // 2 * 2)  # an even number of elements: two of them may share a byte
         buffer = like.new_empty(min(count, N), K)
         for begin in range(0, N, count):
             end = min(begin + count, N)
             self.dequantise(begin, end, buffer[: end - begin])
             yield begin, end, buffer[: end - begin]
+
+
+class Weight4bit(FrozenWeight):
+    """Two codes a byte with a scale for each block of elements: nf4, fp4, or any code book of 16.
+
+    w[e] = code[c[e]] * absmax[e // block] for element e counted through the rows; the even elements' codes are the
+    high halves of the bytes. packed: uint8, ceil(N K / 2). code: float32 [16]. absmax: float32 [blocks], or, doubly
+    quantised, uint8 with absmax[i] = absmax_code[absmax8[i]] * absmax_scale[i // absmax_block] + absmax_offset.
+    Raises ValueError for a shape or dtype that does not fit.
+    Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        packed: Tensor,
+        code: Tensor,
+        absmax: Tensor,
+        block: int = 64,
+        *,
+        absmax_code: Tensor | None = None,
+        absmax_scale: Tensor | None = None,
+        absmax_offset: float = 0.0,
+        absmax_block: int = 256,
+    ):
+        N, K = self.shape = _check_shape("Weight4bit", shape)
+        if block < 8 or block % 8:
+            raise ValueError(f"Weight4bit: block is {block}, expected a multiple of 8")
+        blocks = -(-N * K // block)
+        doubly = absmax_code is not None
+        _check("Weight4bit", "packed", packed, torch.uint8, -(-N * K // 2), packed)
+        _check("Weight4bit", "code", code, torch.float32, 16, packed)
+        _check("Weight4bit", "absmax", absmax, torch.uint8 if doubly else torch.float32, blocks, packed)
+        if doubly != (absmax_scale is not None):
+            raise ValueError("Weight4bit: absmax_code and absmax_scale go together, expected both or neither")
+        if doubly:
+            _check("Weight4bit", "absmax_code", absmax_code, torch.float32, 256, packed)
+            _check("Weight4bit", "absmax_scale", absmax_scale, torch.float32, -(-blocks // absmax_block), packed)
+        self.packed, self.code, self.absmax, self.block = packed, code, absmax, block
+        self.absmax_code, self.absmax_scale = absmax_code, absmax_scale
+        self.absmax_offset, self.absmax_block = float(absmax_offset), absmax_block
+
+    @classmethod
+    def from_bitsandbytes(cls, weight: Tensor) -> Weight4bit:
+        """From a quantised bitsandbytes Params4bit, whose storage is shared."""
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            raise ValueError("Weight4bit: weight has no quant_state, expected a quantised bitsandbytes Params4bit")
+        double = {}
+        if state.nested:
+            double = {
+                "absmax_code": state.state2.code.float(),
+                "absmax_scale": state.state2.absmax.float(),
+                "absmax_offset": float(state.offset),
+                "absmax_block": state.state2.blocksize,
+            }
+        packed = weight.detach().view(torch.uint8)
+        return cls(tuple(state.shape), packed, state.code.float(), state.absmax, state.blocksize, **double)
+
+    def dequantise(self, begin: int, end: int, out: Tensor) -> None:
+        torch.ops.fastft.dequantise_4bit(
+            self.packed, self.code, self.absmax, self.absmax_code, self.absmax_scale, self.absmax_offset,
+            self.block, self.absmax_block, begin * self.shape[1], out,
+        )  # fmt: skip
+
+
+class Weight8bit(FrozenWeight):
+    """w[n, k] = values[n, k] * scale[n], values int8 [N, K], scale float32 [N].
+
+    Dettmers et al. 2022 (LLM.int8()), https://arxiv.org/abs/2208.07339, without its 16-bit outlier columns: the
+    weight alone is quantised, activations are not.
+    """
+
+    def __init__(self, values: Tensor, scale: Tensor):
+        N, K = self.shape = _check_shape("Weight8bit", tuple(values.shape))
+        _check("Weight8bit", "values", values, torch.int8, N * K, values)
+        _check("Weight8bit", "scale", scale, torch.float32, N, values)
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def from_bitsandbytes(cls, weight: Tensor) -> Weight8bit:
+        """From a quantised bitsandbytes Int8Params, whose values are shared; its scale is each row's absmax."""
+        values, absmax = getattr(weight, "CB", None), getattr(weight, "SCB", None)
+        if values is None or absmax is None:
+            raise ValueError("Weight8bit: weight has no CB and SCB, expected a quantised bitsandbytes Int8Params")
+        return cls(values, absmax.float() / 127)
+
+    def dequantise(self, begin: int, end: int, out: Tensor) -> None:
+        torch.ops.fastft.dequantise_8bit(self.values[begin:end], self.scale[begin:end], out)
+
+
+def _check_shape(kind: str, shape) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise ValueError(f"{kind}: the weight is {list(shape)}, expected [N, K]")
+    return int(shape[0]), int(shape[1])
+
+
+def _check(kind: str, name: str, x: Tensor, dtype: torch.dtype, numel: int, like: Tensor) -> None:
+    if x.dtype != dtype or x.numel() != numel:
+        raise ValueError(f"{kind}: {name} is {x.dtype} with {x.numel()} elements, expected {dtype} with {numel}")
+    if not x.is_contiguous():
+        raise ValueError(f"{kind}: {name} is strided, expected contiguous")
+    if x.device != like.device:
+        raise ValueError(f"{kind}: {name} is on {x.device}, expected {like.device}")
 
 
 def linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Tensor:
@@ -49,3 +161,9 @@ def add_input_grad(dx: Tensor | None, dy: Tensor, weight: Tensor | FrozenWeight)
     for begin, end, tile in weight.tiles(dy):
         dx = add_input_grad(dx, dy[:, begin:end], tile)
     return dy.new_zeros(dy.shape[0], weight.shape[1]) if dx is None else dx
+
+
+def register() -> None:
+    library = torch.library
+    for op in ("dequantise_4bit", "dequantise_8bit"):
+        library.register_fake(f"fastft::{op}")(lambda *args: None)

@@ -31,7 +31,7 @@ def lora_linear(
     """x @ weight.T + bias + scaling * (x @ lora_A.T) @ lora_B.T
 
     x [..., K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N] or None -> [..., N]; one dtype (float64, float32,
-    bfloat16, float16) and device. weight may be quantised (`Nf4Weight`, `Int8Weight`). Under autocast all of them are
+    bfloat16, float16) and device. weight may be quantised (`Weight4bit`, `Weight8bit`). Under autocast all of them are
     first cast, as by torch.nn.functional.linear.
 
     With u = scaling * x @ lora_A.T and du = scaling * dy @ lora_B, backward is
