@@ -1,0 +1,228 @@
+"""lora_linear and lora_linears against PEFT, plain PyTorch and torch.compile.
+
+python benchmarks/bench_lora_linear.py --device cpu
+python benchmarks/bench_lora_linear.py --device cuda --model opt-30b --rows 8192 --json lora.json
+
+`frozen`: the frozen linear alone, its forward and the gradient of its input; what is beyond it is the adapter's price.
+`peft` is PEFT's own layer as it comes (float32 adapters on a 16-bit base), `peft_same_dtype` with its adapters in the
+base's dtype, `fastft_products` our layer with torch's products in place of our kernels. Unsloth's LoRA is measured
+where it is installed, on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common
+
+from fastft import ops
+from fastft.ops import reference
+
+SCALING = 2.0
+# (in features, out features) of an attention projection and of the first feed-forward layer
+MODELS = {
+    "smollm2-135m": [(576, 576), (576, 1536)],
+    "opt-125m": [(768, 768), (768, 3072)],
+    "opt-1.3b": [(2048, 2048), (2048, 8192)],
+    "opt-30b": [(7168, 7168), (7168, 28672)],
+    "llama-3-8b": [(4096, 4096), (4096, 14336)],
+}
+
+
+class Data:
+    """x, dy, and for each of `count` layers weight, lora_A and lora_B; all products are of size 1."""
+
+    def __init__(self, args, K: int, N: int, count: int):
+        torch.manual_seed(0)
+        self.args, self.K, self.N, self.count = args, K, N, count
+        self.dtype = common.DTYPES[args.dtype]
+        self.x = self.random(args.rows, K).requires_grad_()
+        self.weights = [self.random(N, K, scale=K**-0.5) for _ in range(count)]
+        self.lora_As = [self.random(args.rank, K, scale=K**-0.5).requires_grad_() for _ in range(count)]
+        self.lora_Bs = [self.random(N, args.rank).requires_grad_() for _ in range(count)]
+        self.dys = [self.random(args.rows, N) for _ in range(count)]
+
+    def random(self, *shape, scale=1.0):
+        return (torch.randn(*shape, device=self.args.device) * scale).to(self.dtype)
+
+    def run(self, layers, leaves, backward=True):
+        """Outputs, and gradients of `leaves`, of a function from x to this many outputs."""
+
+        def call():
+            if not backward:
+                with torch.no_grad():
+                    return tuple(layers(self.x))
+            outputs = layers(self.x)
+            torch.autograd.backward(outputs, self.dys)
+            gradients = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+            return (*(y.detach() for y in outputs), *gradients)
+
+        return call
+
+    def truth(self, backward=True):
+        """The same in float32 (float64 for float64), one layer at a time."""
+        up = torch.float64 if self.dtype == torch.float64 else torch.float32
+        x = self.x.detach().to(up).requires_grad_()
+        leaves = [[t.detach().to(up).requires_grad_() for t in ts] for ts in (self.lora_As, self.lora_Bs)]
+        outputs = [
+            reference.lora_linear(x, w.to(up), A, B, SCALING) for w, A, B in zip(self.weights, *leaves, strict=True)
+        ]
+        if not backward:
+            return tuple(y.detach() for y in outputs)
+        flat = [x, *leaves[0], *leaves[1]]
+        gradients = torch.autograd.grad(outputs, flat, [dy.to(up) for dy in self.dys])
+        return (*(y.detach() for y in outputs), *gradients)
+
+    def cost(self, backward=True):
+        """FLOPs and least bytes: every large tensor once in each product that needs it."""
+        M, K, N, r, n = self.args.rows, self.K, self.N, self.args.rank, self.count
+        size = self.x.element_size()
+        flops = n * (2.0 * M * K * N + 2.0 * M * r * (K + N))
+        moved = size * (M * K + n * (K * N + M * N))
+        return (3 * flops - n * 2.0 * M * K * N, 2 * moved) if backward else (flops, moved)
+
+
+def peft_layers(data: Data, adapter_dtype: torch.dtype):
+    """PEFT's layers with our values; None where PEFT is not installed."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    layers, leaves = [], []
+    for weight, A, B in zip(data.weights, data.lora_As, data.lora_Bs, strict=True):
+        base = nn.Linear(data.K, data.N, bias=False, device="meta")
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        config = peft.LoraConfig(r=data.args.rank, lora_alpha=SCALING * data.args.rank, target_modules=["0"])
+        layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+        layer.lora_A["default"].weight = nn.Parameter(A.detach().to(adapter_dtype).clone())
+        layer.lora_B["default"].weight = nn.Parameter(B.detach().to(adapter_dtype).clone())
+        layers.append(layer)
+        leaves.append((layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+    flat = [data.x, *(A for A, _ in leaves), *(B for _, B in leaves)]
+    return (lambda x: [layer(x) for layer in layers]), flat
+
+
+def unsloth(data: Data):
+    """Unsloth's autograd function on our tensors (it keeps lora_A and lora_B as PEFT does); None without it."""
+    if data.args.device != "cuda":
+        return None
+    try:
+        from unsloth.kernels.fast_lora import LoRA_W
+    except Exception:  # it raises what it likes where a part of its stack is missing
+        return None
+    pairs = list(zip(data.weights, data.lora_As, data.lora_Bs, strict=True))
+    return lambda x: [LoRA_W.apply(x[None], w, None, A, B, SCALING)[0] for w, A, B in pairs]
+
+
+def case(args, K: int, N: int, count: int, backward: bool):
+    data = Data(args, K, N, count)
+    own = [data.x, *data.lora_As, *data.lora_Bs]
+    group = list(zip(data.weights, data.lora_As, data.lora_Bs, strict=True))
+
+    def ours(form):
+        tensors = data.weights, data.lora_As, data.lora_Bs
+        return lambda x: list(ops.lora_linears(x, *tensors, SCALING, form=form))
+
+    def frozen(x):
+        return [F.linear(x, weight) for weight in data.weights]
+
+    def eager(x):
+        return [reference.lora_linear(x, *tensors, SCALING) for tensors in group]
+
+    run = functools.partial(data.run, backward=backward)
+    implementations = {"frozen": run(frozen, [data.x]), "eager": run(eager, own)}
+    if not args.no_compile:
+        implementations["compile"] = run(torch.compile(eager), own)
+    for name, dtype in (("peft", torch.float32), ("peft_same_dtype", data.dtype)):
+        if layers := peft_layers(data, dtype):
+            implementations[name] = run(*layers)
+    if layers := unsloth(data):
+        implementations["unsloth"] = run(layers, own)
+    implementations["fastft_products"] = run(ours("products"), own)
+    implementations["fastft"] = run(ours(args.form), own)
+    flops, moved = data.cost(backward)
+    return common.Case(
+        name=("lora_linear" if count == 1 else "lora_linears, q k v")
+        + (" forward+backward" if backward else " forward"),
+        shape={"M": args.rows, "K": K, "N": N, "r": args.rank},
+        implementations=implementations,
+        reference=functools.partial(data.truth, backward),
+        bytes=moved,
+        flops=flops,
+        not_peers=("frozen", "fastft_products"),
+    )
+
+
+def quantised(args, K: int, N: int):
+    """lora_linear on an nf4 weight against dequantising it whole with bitsandbytes; `bfloat16` is not quantised."""
+    data = Data(args, K, N, 1)
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(data.weights[0], quant_type="nf4", compress_statistics=True)
+    packed.quant_state = state
+    weight, plain = ops.Weight4bit.from_bitsandbytes(packed), data.weights[0]
+    data.weights = [bnb.dequantize_4bit(packed, state).to(data.dtype)]
+    A, B = data.lora_As[0], data.lora_Bs[0]
+    own = [data.x, A, B]
+
+    class Frozen4bit(torch.autograd.Function):
+        """As bitsandbytes' MatMul4Bit: dequantised whole for each product."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return F.linear(x, bnb.dequantize_4bit(packed, state).to(x.dtype))
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy @ bnb.dequantize_4bit(packed, state).to(dy.dtype)
+
+    def whole(x):
+        return [Frozen4bit.apply(x) + SCALING * F.linear(F.linear(x, A), B)]
+
+    flops, moved = data.cost()
+    return common.Case(
+        name="lora_linear, nf4 weight forward+backward",
+        shape={"M": args.rows, "K": K, "N": N, "r": args.rank},
+        implementations={
+            args.dtype: data.run(lambda x: [ops.lora_linear(x, plain, A, B, SCALING, form=args.form)], own),
+            "bitsandbytes": data.run(whole, own),
+            "fastft": data.run(lambda x: [ops.lora_linear(x, weight, A, B, SCALING, form=args.form)], own),
+        },
+        reference=data.truth,
+        bytes=moved - 2 * K * N * (data.x.element_size() - 0.5625),
+        flops=flops,
+        not_peers=(args.dtype,),
+    )
+
+
+def main() -> int:
+    p = common.parser(__doc__.splitlines()[0])
+    p.add_argument("--rows", type=int, default=1024)
+    p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--model", choices=list(MODELS), default="opt-1.3b")
+    p.add_argument("--form", choices=["kernels", "products"], help="default: what fastft picks by itself")
+    args = p.parse_args()
+    (K, N), (_, ffn) = MODELS[args.model]
+    return common.main(
+        args,
+        [
+            functools.partial(case, args, K, N, 1, False),
+            functools.partial(case, args, K, N, 1, True),
+            functools.partial(case, args, K, ffn, 1, True),
+            functools.partial(case, args, K, N, 3, True),
+            functools.partial(quantised, args, K, N),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
