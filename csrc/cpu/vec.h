@@ -427,7 +427,7 @@ inline KlState<double> fold(const KlState<V>& state, double c) {
 template <class V>
 inline double fold(const RunningSum<V>& s) {
     double total = 0;
-    for (int i = 0; i < width<V>(); ++i) total += lane(s.sum, i) - lane(s.carry, i);
+    for (int i = 0; i < width<V>(); ++i) total += lane(s, i).value();
     return total;
 }
 
