@@ -7,6 +7,18 @@ namespace fastft {
 inline namespace FASTFT_TARGET {
 namespace {
 
+// The sum over the block's threads, for all of them.
+__device__ double block_sum(double x) {
+    __shared__ double partial[kMaxThreads / kWarp];
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    __syncthreads();  // the sum before may still be read
+    if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    double total = 0;
+    for (int warp = 0; warp < kMaxThreads / kWarp; ++warp) total += partial[warp];
+    return total;
+}
+
 template <class Acc>
 __global__ void FASTFT_ROW_KERNEL row_reduce_kernel(RowReduceArgs args) {
     const Acc* values = static_cast<const Acc*>(args.values);
@@ -38,11 +50,14 @@ void row_reduce_cuda(const RowReduceArgs& args, cudaStream_t stream) {
     } else {
         row_reduce_kernel<float><<<1, kMaxThreads, 0, stream>>>(args);
     }
-    check_launch("row_reduce_kernel", args.rows, 1);
+    check_launch("row_reduce_kernel", cudaGetLastError(), args.rows, 1);
 }
 
 KernelEntry row_reduce_entry() {
-    return {"row_reduce", reinterpret_cast<const void*>(&row_reduce_kernel<float>), kMaxThreads};
+    RowLaunch launch{};
+    launch.blocks = 1;
+    launch.threads = kMaxThreads;
+    return {"row_reduce", reinterpret_cast<const void*>(&row_reduce_kernel<float>), launch};
 }
 
 }  // namespace fastft

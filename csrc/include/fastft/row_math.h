@@ -32,10 +32,15 @@ constexpr double kLn2 = 0.69314718055994530942;
 
 FASTFT_HD float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 FASTFT_HD double fma_(double a, double b, double c) { return fma(a, b, c); }
-// A NaN in `a` is dropped, one in `b` is kept: call with the running value first.
-FASTFT_HD float max_(float a, float b) { return a > b ? a : b; }
 FASTFT_HD double max_(double a, double b) { return a > b ? a : b; }
+FASTFT_HD double exp2_(double x) { return exp2(x); }
 #ifdef __CUDA_ARCH__
+// One instruction where the comparison below takes two; a NaN in either is kept.
+__device__ __forceinline__ float max_(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
 // The instruction behind exp2f: the same 2 ulp where the result is a normal number, and 0 below 2^-126, as in
 // cpu/vec.h, where exp2f spends two more multiplications on subnormals.
 __device__ __forceinline__ float exp2_(float x) {
@@ -44,9 +49,10 @@ __device__ __forceinline__ float exp2_(float x) {
     return y;
 }
 #else
+// A NaN in `a` is dropped, one in `b` is kept: call with the running value first.
+FASTFT_HD float max_(float a, float b) { return a > b ? a : b; }
 FASTFT_HD float exp2_(float x) { return exp2f(x); }
 #endif
-FASTFT_HD double exp2_(double x) { return exp2(x); }
 FASTFT_HD float log_(float x) { return logf(x); }
 FASTFT_HD double log_(double x) { return log(x); }
 FASTFT_HD float log2_(float x) { return log2f(x); }
@@ -54,6 +60,8 @@ FASTFT_HD double log2_(double x) { return log2(x); }
 FASTFT_HD float select_(bool m, float a, float b) { return m ? a : b; }
 FASTFT_HD double select_(bool m, double a, double b) { return m ? a : b; }
 FASTFT_HD bool any_(bool m) { return m; }
+FASTFT_HD bool any_nan_(float x) { return x != x; }
+FASTFT_HD bool any_nan_(double x) { return x != x; }
 
 // Constants of V's element type, and V from one number.
 template <class V>
@@ -175,9 +183,9 @@ struct KlState {
         for (int k = 0; k < K; ++k) {
             const V e = exp2_((x[k] - m) * c);
             block_sum = block_sum + e;
-            // NaN (not 0) where x is NaN: the comparison is written so that NaN fails it.
-            block_dot = block_dot + select_(zero >= e, zero, e * (x[k] - y[k]));
+            block_dot = fma_(e, x[k] - y[k], block_dot);
         }
+        if (any_nan_(block_dot)) block_dot = masked_dot(x, y, m, c);
         if (any_(m > p.max)) {
             const V scale = exp2_((p.max - m) * c);
             p.sum.scale(scale);
@@ -186,6 +194,19 @@ struct KlState {
         p.sum.add(block_sum);
         dot.add(block_dot);
         p.max = m;
+    }
+
+    // The same sum with 0 * inf = 0 and 0 * NaN = 0, for the few blocks with a -inf in them. NaN (not 0)
+    // where x is NaN: the comparison is written so that NaN fails it.
+    template <int K>
+    static FASTFT_HD V masked_dot(const V (&x)[K], const V (&y)[K], V m, V c) {
+        const V zero = ValueTraits<V>::splat(0);
+        V sum = zero;
+        for (int k = 0; k < K; ++k) {
+            const V e = exp2_((x[k] - m) * c);
+            sum = sum + select_(zero >= e, zero, e * (x[k] - y[k]));
+        }
+        return sum;
     }
 
     FASTFT_HD void move_to(V p_max, V q_max, V c) {
@@ -223,6 +244,10 @@ struct RowStats {
 template <class S>
 FASTFT_HD RowStats<S> stats(const SoftmaxState<S>& a) {
     return {a.max, log2_(a.sum.value())};
+}
+
+FASTFT_HD RowStats<float> narrow(const RowStats<double>& a) {
+    return {static_cast<float>(a.max), static_cast<float>(a.log2_sum)};
 }
 
 // log-sum-exp of x / T in nats.
