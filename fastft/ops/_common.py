@@ -126,11 +126,14 @@ def chunk_size(rows: int, row_bytes: int, chunk_rows: int) -> int:
 
 
 def logits_buffer(hidden: Tensor, rows: int, vocab: int) -> Tensor:
-    """Uninitialised [rows, vocab] for one chunk's logits, on huge pages where the system offers them."""
-    buffer = hidden.new_empty((rows, vocab))
+    """Uninitialised [rows, vocab] for one chunk's logits, on huge pages where the system offers them.
+
+    Rows start at multiples of 16 bytes, whatever the vocabulary: kernels and matrix products use vector accesses.
+    """
+    buffer = hidden.new_empty((rows, -(-vocab // 8) * 8))
     if buffer.is_cpu:
         _extension.load().advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
-    return buffer
+    return buffer[:, :vocab]
 
 
 def reduce_rows(values: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:

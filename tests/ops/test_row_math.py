@@ -1,4 +1,4 @@
-"""The host-device headers: row_math.h as the CPU and the CUDA kernels run it, row_launch.h, and vec.h's exp2 and log."""
+"""The host-device headers: row_math.h as both devices' kernels run it, row_launch.h, and vec.h's exp2 and log."""
 
 import numpy as np
 import pytest
