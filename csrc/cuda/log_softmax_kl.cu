@@ -110,8 +110,7 @@ __device__ __forceinline__ void row_grad(const Logits<T>& logits, T* grad, int s
 }
 
 template <class T, Direction direction>
-__global__ void __launch_bounds__(kMaxThreads, direction == Direction::Jsd ? 1 : 2)
-    log_softmax_kl_kernel(LogSoftmaxKlArgs args, RowLaunch launch, float c) {
+__global__ void FASTFT_ROW_KERNEL log_softmax_kl_kernel(LogSoftmaxKlArgs args, RowLaunch launch, float c) {
     const RowPart part = row_part(launch, args.vocab);
     const int64_t r = part.row;
     T* grad = args.grad ? static_cast<T*>(args.grad) + r * args.grad_stride + part.begin : nullptr;
