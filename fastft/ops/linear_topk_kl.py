@@ -13,11 +13,13 @@ from fastft.ops._common import (
     check_choice,
     check_chunk_rows,
     check_hidden,
+    check_index,
     check_index_range,
     check_like,
     check_temperature,
     check_weight,
     chunk_size,
+    chunks,
     flat_weights,
     logits_buffer,
     reduce_rows,
@@ -83,10 +85,8 @@ def linear_topk_kl(
     _extension.load()
     check_hidden(op, "student_hidden", student_hidden)
     check_weight(op, "weight", weight, "student_hidden", student_hidden)
-    check_like(op, "topk_ids", topk_ids, "student_hidden", student_hidden, dtype=False)
+    check_index(op, "topk_ids", topk_ids, "student_hidden", student_hidden)
     check_like(op, "topk_log_probs", topk_log_probs, "student_hidden", student_hidden, dtype=False)
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: topk_ids is {topk_ids.dtype}, expected int32 or int64")
     if topk_ids.dim() < 1 or topk_ids.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"{op}: topk_ids is {shape_of(topk_ids)}, expected [..., k] with the rows of student_hidden, "
@@ -140,21 +140,20 @@ def _kernel(
     size = chunk_size(rows, vocab * weight.element_size(), chunk_rows)
     logits = logits_buffer(student_hidden, min(size, rows), vocab)
     grads = HeadGradients(student_hidden, weight, weights, reduction, hidden_grad, weight_grad)
-    for begin in range(0, rows, size):
-        end = min(begin + size, rows)
-        chunk = logits[: end - begin]
-        torch.mm(student_hidden[begin:end], weight.t(), out=chunk)
+    for part in chunks(rows, size):
+        chunk = logits[: part.stop - part.start]
+        torch.mm(student_hidden[part], weight.t(), out=chunk)
         torch.ops.fastft.topk_kl_rows(
             chunk,
-            topk_ids[begin:end],
-            topk_log_probs[begin:end],
-            None if weights is None else weights[begin:end],
-            kl[begin:end],
+            topk_ids[part],
+            topk_log_probs[part],
+            None if weights is None else weights[part],
+            kl[part],
             tail,
             temperature,
             grads.wanted,
         )
-        grads.add(chunk, begin, end)
+        grads.add(chunk, part)
     return *reduce_rows(kl, weights, reduction), *grads.results()
 
 
@@ -168,24 +167,23 @@ def _gathered(student_hidden, weight, ids, log_probs, weights, kl, temperature, 
     grad = student_hidden.new_empty(student_hidden.shape if hidden_grad else 0)
     size = chunk_size(rows, k * hidden * weight.element_size(), chunk_rows)
     head = weight.new_empty((min(size, rows) * k, hidden))
-    for begin in range(0, rows, size):
-        end = min(begin + size, rows)
-        n = end - begin
-        torch.index_select(weight, 0, inside[begin:end].reshape(-1), out=head[: n * k])
+    for part in chunks(rows, size):
+        n = part.stop - part.start
+        torch.index_select(weight, 0, inside[part].reshape(-1), out=head[: n * k])
         listed = head[: n * k].view(n, k, hidden)
-        logits = torch.bmm(listed, student_hidden[begin:end, :, None])[..., 0]
+        logits = torch.bmm(listed, student_hidden[part, :, None])[..., 0]
         torch.ops.fastft.topk_kl_rows(
             logits,
-            buckets[begin:end],
-            log_probs[begin:end],
-            None if weights is None else weights[begin:end],
-            kl[begin:end],
+            buckets[part],
+            log_probs[part],
+            None if weights is None else weights[part],
+            kl[part],
             False,
             temperature,
             hidden_grad,
         )
         if hidden_grad:
-            torch.bmm(logits[:, None], listed, out=grad[begin:end, None])
+            torch.bmm(logits[:, None], listed, out=grad[part, None])
     return grad
 
 
