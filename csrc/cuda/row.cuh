@@ -12,7 +12,7 @@ inline namespace FASTFT_TARGET {
 // This block's part of its row.
 struct RowPart {
     int64_t row;
-    int begin, size;  // elements; launch_rows refuses rows of 2^31
+    int begin, size;  // elements; launch_rows refuses rows that int cannot count
 };
 
 __device__ __forceinline__ RowPart row_part(const RowLaunch& launch, int64_t vocab) {
@@ -104,6 +104,7 @@ class RowCache {
     }
 
   private:
+    // Groups, 32 bytes of two 16-bit rows each: with 256 threads 32 KB a block.
     static constexpr int kAhead = 4;
 
     __device__ __forceinline__ T* slot(int n, int i) const {
