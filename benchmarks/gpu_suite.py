@@ -24,14 +24,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # A short run of every kernel, for compute-sanitizer: sizes that are no multiple of anything, rows that are not
-# aligned to 16 bytes, both block sizes.
+# aligned to 16 bytes, rows of one warp, of one block and of a cluster of blocks.
 SANITIZED = """
 import torch
 from fastft import ops
 from fastft.optim import BiasAdamW
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
-    for vocab in (1, 9, 1001, 8209):
+    for vocab in (1, 9, 1001, 50257, 50272):
         wide = torch.randn(5, vocab + 3, device="cuda").to(dtype)
         s = wide[:, 1 : vocab + 1].requires_grad_()
         t = torch.randn(5, vocab, device="cuda").to(dtype)
@@ -116,6 +116,16 @@ class Suite:
         (self.out / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
+# Benchmarks that are run more than once: the first part with all peers, the others without torch.compile, whose
+# compilation takes longer than everything else.
+BENCH_PARTS = {
+    "bench_kl": {
+        "bench_kl": ["--model", "opt-30b", "--rows", "2048"],
+        "bench_kl_llama": ["--model", "llama-3-8b", "--rows", "2048", "--no-compile"],
+        "bench_kl_rows": ["--model", "opt-125m", "--rows", "64", "512", "8192", "--no-compile"],
+    }
+}
+
 INFO = """
 import json, sys, torch
 from fastft import ops
@@ -155,10 +165,9 @@ def main() -> int:
         else:
             suite.note(tool, "skipped", 0, "compute-sanitizer is not on PATH")
     for bench in sorted(Path(__file__).parent.glob("bench_*.py")):
-        command = [python, str(bench), "--device", "cuda", "--json", str(args.out / f"{bench.stem}.json")]
-        if bench.stem == "bench_kl":
-            command += ["--rows", "2048", "--hidden", "7168"]
-        suite.run(bench.stem, command, 150)
+        for part, options in BENCH_PARTS.get(bench.stem, {bench.stem: []}).items():
+            command = [python, str(bench), "--device", "cuda", "--json", str(args.out / f"{part}.json"), *options]
+            suite.run(part, command, 150 if part == bench.stem else 60)
     suite.run("test_trainer", [python, "-m", "pytest", "-q", "tests/models", "tests/methods", "tests/engine"], 240)
     model = args.out / "opt-1.3b"
     suite.run("model", [python, str(ROOT / "benchmarks/random_model.py"), "opt-1.3b", str(model)], 60)

@@ -15,13 +15,35 @@ struct Row {
 };
 
 template <class T>
-void jsd_pass(const T* student, const T* teacher, int64_t vocab, double c, double beta, Row* row) {
+Row kl_forward(const T* student, const T* teacher, int64_t vocab, double c, bool reverse) {
+    using V = Value<T>;
+    const V vc = ValueTraits<V>::splat(ScalarOf<V>(c));
+    KlState<V> state;
+    state.init();
+    for_blocks(reverse ? student : teacher, reverse ? teacher : student, vocab,
+               [&](const V(&p)[kBlock], const V(&q)[kBlock]) { state.update(p, q, vc); });
+    const KlState<double> total = fold(state, c);
+    const double kl = kl_value(total, c);
+    return {stats(reverse ? total.p : total.q), stats(reverse ? total.q : total.p), kl, kl};
+}
+
+// Two passes: the mixture of the two distributions needs both normalisers.
+template <class T>
+Row jsd_forward(const T* student, const T* teacher, int64_t vocab, double c, double beta) {
     using V = Value<T>;
     using S = ScalarOf<V>;
     using Traits = ValueTraits<V>;
     const V vc = Traits::splat(S(c)), vbeta = Traits::splat(S(beta));
-    const V max_s = Traits::splat(S(row->student.max)), sum_s = Traits::splat(S(row->student.log2_sum));
-    const V max_t = Traits::splat(S(row->teacher.max)), sum_t = Traits::splat(S(row->teacher.log2_sum));
+    SoftmaxState<V> state_s, state_t;
+    state_s.init();
+    state_t.init();
+    for_blocks(student, teacher, vocab, [&](const V(&s)[kBlock], const V(&t)[kBlock]) {
+        state_s.update(s, vc);
+        state_t.update(t, vc);
+    });
+    Row row{stats(fold(state_s, c)), stats(fold(state_t, c)), 0, 0};
+    const V max_s = Traits::splat(S(row.student.max)), sum_s = Traits::splat(S(row.student.log2_sum));
+    const V max_t = Traits::splat(S(row.teacher.max)), sum_t = Traits::splat(S(row.teacher.log2_sum));
     RunningSum<V> total_s, total_t;
     total_s.init();
     total_t.init();
@@ -36,27 +58,16 @@ void jsd_pass(const T* student, const T* teacher, int64_t vocab, double c, doubl
         total_s.add(block_s);
         total_t.add(block_t);
     });
-    row->grad_divergence = fold(total_s);
-    row->divergence = beta * fold(total_t) + (1 - beta) * row->grad_divergence;
+    row.grad_divergence = fold(total_s);
+    row.divergence = beta * fold(total_t) + (1 - beta) * row.grad_divergence;
+    return row;
 }
 
 template <class T>
 Row row_forward(const T* student, const T* teacher, int64_t vocab, double c, Direction direction,
                 double beta) {
-    using V = Value<T>;
-    const V vc = ValueTraits<V>::splat(ScalarOf<V>(c));
-    KlState<V> state;
-    state.init();
-    const bool reverse = direction == Direction::Reverse;
-    for_blocks(reverse ? student : teacher, reverse ? teacher : student, vocab,
-               [&](const V(&p)[kBlock], const V(&q)[kBlock]) { state.update(p, q, vc); });
-    const KlState<double> total = fold(state, c);
-    Row row;
-    row.student = stats(reverse ? total.p : total.q);
-    row.teacher = stats(reverse ? total.q : total.p);
-    row.divergence = row.grad_divergence = kl_value(total, c);
-    if (direction == Direction::Jsd) jsd_pass(student, teacher, vocab, c, beta, &row);
-    return row;
+    if (direction == Direction::Jsd) return jsd_forward(student, teacher, vocab, c, beta);
+    return kl_forward(student, teacher, vocab, c, direction == Direction::Reverse);
 }
 
 template <class T>

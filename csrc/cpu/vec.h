@@ -90,6 +90,7 @@ inline VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline __mmask16 operator>(VecF a, VecF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline __mmask16 operator>=(VecF a, VecF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 inline bool any_(__mmask16 m) { return m != 0; }
+inline bool any_nan_(VecF x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q) != 0; }
 inline VecF select_(__mmask16 m, VecF a, VecF b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 inline VecF fma_(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // The instruction returns its second operand where either is NaN, like max_ of scalars.
@@ -170,6 +171,7 @@ inline VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline MaskF operator>(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
 inline MaskF operator>=(VecF a, VecF b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
 inline bool any_(MaskF m) { return _mm256_movemask_ps(m.v) != 0; }
+inline bool any_nan_(VecF x) { return _mm256_movemask_ps(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)) != 0; }
 inline VecF select_(MaskF m, VecF a, VecF b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
 inline VecF fma_(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline VecF max_(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }
@@ -427,7 +429,7 @@ inline KlState<double> fold(const KlState<V>& state, double c) {
 template <class V>
 inline double fold(const RunningSum<V>& s) {
     double total = 0;
-    for (int i = 0; i < width<V>(); ++i) total += lane(s.sum, i) - lane(s.carry, i);
+    for (int i = 0; i < width<V>(); ++i) total += lane(s, i).value();
     return total;
 }
 

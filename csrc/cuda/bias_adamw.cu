@@ -347,13 +347,15 @@ void bias_adamw_cuda(const AdamWArgs& args, cudaStream_t stream) {
 }
 
 KernelEntry adamw_norm_entry() {
-    return {"adamw_norm", reinterpret_cast<const void*>(&adamw_norm_kernel), kThreads};
+    return {"adamw_norm", reinterpret_cast<const void*>(&adamw_norm_kernel), plain_launch(kThreads)};
 }
 KernelEntry adamw_update_entry() {
-    return {"adamw_update", reinterpret_cast<const void*>(&adamw_update_kernel<false>), kThreads};
+    return {"adamw_update", reinterpret_cast<const void*>(&adamw_update_kernel<false>),
+            plain_launch(kThreads)};
 }
 KernelEntry adamw_update_8bit_entry() {
-    return {"adamw_update_8bit", reinterpret_cast<const void*>(&adamw_update_kernel<true>), kThreads};
+    return {"adamw_update_8bit", reinterpret_cast<const void*>(&adamw_update_kernel<true>),
+            plain_launch(kThreads)};
 }
 
 }  // namespace fastft

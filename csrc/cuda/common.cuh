@@ -1,35 +1,36 @@
-// What the row kernels share: 16-byte loads and stores, reductions over a block, launch checks.
+// What the row kernels share: 16-byte loads and stores, sums over a block, launches and their checks.
 //
-// Every kernel gives one block to one row and has no atomics: threads own fixed elements and states are
-// merged in a fixed order, so two runs agree bit for bit.
+// No kernel has atomics: threads own fixed elements and states are merged in a fixed order, so two runs agree
+// bit for bit.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "fastft/row_launch.h"
 #include "fastft/row_math.h"
 #include "fastft/types.h"
 
 namespace fastft {
+
+// Of the current device.
+RowLimits current_row_limits();
+
 inline namespace FASTFT_TARGET {
 
-constexpr int kMaxThreads = 512;
-constexpr int kWarp = 32;
-// Of every kernel. The 1 matters: left to itself ptxas squeezes some kernels into 32 registers so that more
-// blocks fit on an SM, and spills (seen on sm_90a). 1024 threads spill too, on sm_120, which wants 72
-// registers.
+// Of every kernel: 64 registers for each of 1024 threads on a multiprocessor, so that four blocks of 256 fit.
+// On sm_120 some kernels want two more than that, and spill; there the bound is 128.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define FASTFT_ROW_KERNEL __launch_bounds__(kMaxThreads, 1)
-// Elements that a thread takes at once: 16 bytes of a 16-bit type, 32 of float.
-constexpr int kElements = 8;
-
-// Threads of a block that works on a row of `vocab` elements: short rows would leave threads without a single
-// load. A multiple of the warp's size.
-inline int threads_for(int64_t vocab) { return vocab >= 4096 ? kMaxThreads : 128; }
+#else
+#define FASTFT_ROW_KERNEL __launch_bounds__(kMaxThreads, 2)
+#endif
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -44,18 +45,37 @@ constexpr int kVectors = kElements * static_cast<int>(sizeof(T)) / 16;
 // Whether 16-byte accesses may be used from p on, every kElements elements.
 __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// The elements in 16 bytes. A bfloat16 is the upper half of a float; its conversion function takes an
+// instruction more.
+__device__ __forceinline__ void unpack(const uint4& v, const float*, float* x) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(words[i]);
+}
+__device__ __forceinline__ void unpack(const uint4& v, const __nv_bfloat16*, float* x) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+__device__ __forceinline__ void unpack(const uint4& v, const __half*, float* x) {
+    union {
+        uint4 words;
+        __half elements[8];
+    } u{v};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = to_float(u.elements[i]);
+}
+
 // x[0, kElements) of a row from `p`, `left` of them inside the row and -inf beyond it: probability 0.
 template <class T>
-__device__ __forceinline__ void load_elements(const T* p, int64_t left, bool aligned, float (&x)[kElements]) {
+__device__ __forceinline__ void load_elements(const T* p, int left, bool aligned, float (&x)[kElements]) {
     if (aligned && left >= kElements) {
-        union {
-            uint4 words[kVectors<T>];
-            T elements[kElements];
-        } u;
 #pragma unroll
-        for (int i = 0; i < kVectors<T>; ++i) u.words[i] = reinterpret_cast<const uint4*>(p)[i];
-#pragma unroll
-        for (int k = 0; k < kElements; ++k) x[k] = to_float(u.elements[k]);
+        for (int i = 0; i < kVectors<T>; ++i)
+            unpack(reinterpret_cast<const uint4*>(p)[i], p, x + i * (kElements / kVectors<T>));
     } else {
 #pragma unroll
         for (int k = 0; k < kElements; ++k) x[k] = k < left ? to_float(p[k]) : -INFINITY;
@@ -63,8 +83,7 @@ __device__ __forceinline__ void load_elements(const T* p, int64_t left, bool ali
 }
 
 template <class T>
-__device__ __forceinline__ void store_elements(T* p, int64_t left, bool aligned,
-                                               const float (&x)[kElements]) {
+__device__ __forceinline__ void store_elements(T* p, int left, bool aligned, const float (&x)[kElements]) {
     if (aligned && left >= kElements) {
         union {
             uint4 words[kVectors<T>];
@@ -82,85 +101,102 @@ __device__ __forceinline__ void store_elements(T* p, int64_t left, bool aligned,
     }
 }
 
-// f(position, left) for each group of elements that this thread owns in a row of n.
+// f(position) for each group of kElements elements that this thread owns of n.
 template <class F>
-__device__ __forceinline__ void for_elements(int64_t n, F&& f) {
-    for (int64_t i = int64_t(threadIdx.x) * kElements; i < n; i += int64_t(blockDim.x) * kElements)
-        f(i, n - i);
+__device__ __forceinline__ void for_elements(int n, F&& f) {
+    const int step = static_cast<int>(blockDim.x) * kElements;
+    for (int i = static_cast<int>(threadIdx.x) * kElements; i < n; i += step) f(i);
 }
 
 template <class T>
-__device__ void fill_row(T* row, int64_t n, float value) {
-    const bool aligned = is_aligned(row);
+__device__ void fill(T* p, int n, float value) {
+    const bool aligned = is_aligned(p);
     float x[kElements];
 #pragma unroll
     for (int k = 0; k < kElements; ++k) x[k] = value;
-    for_elements(n, [&](int64_t i, int64_t left) { store_elements(row + i, left, aligned, x); });
+    for_elements(n, [&](int i) { store_elements(p + i, n - i, aligned, x); });
 }
 
-template <class State>
-__device__ __forceinline__ State shuffle_down(const State& state, int offset) {
-    static_assert(sizeof(State) % 4 == 0, "shuffled in 32-bit words");
-    constexpr int n = sizeof(State) / 4;
+template <class Value>
+__device__ __forceinline__ Value shuffle_xor(const Value& value, int mask) {
+    static_assert(sizeof(Value) % 4 == 0, "shuffled in 32-bit words");
+    constexpr int n = sizeof(Value) / 4;
     union {
-        State state;
+        Value value;
         uint32_t words[n];
-    } from{state}, to{state};
+    } from{value}, to{value};
 #pragma unroll
-    for (int i = 0; i < n; ++i) to.words[i] = __shfl_down_sync(0xffffffffu, from.words[i], offset);
-    return to.state;
+    for (int i = 0; i < n; ++i) to.words[i] = __shfl_xor_sync(0xffffffffu, from.words[i], mask);
+    return to.value;
 }
 
-// Merges the states of a block's threads, in the order of their warps, and returns the result to all of them.
-// `identity` is a state that merging leaves without effect. blockDim.x is a multiple of the warp's size.
-template <class State, class Merge>
-__device__ State block_reduce(State state, const State& identity, Merge&& merge) {
-    __shared__ State partial[kMaxThreads / kWarp];
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) merge(state, shuffle_down(state, offset));
-    __syncthreads();  // an earlier reduction of the same type may still be read
-    if (lane == 0) partial[warp] = state;
-    __syncthreads();
-    if (warp == 0) {
-        state = lane < static_cast<int>(blockDim.x) / kWarp ? partial[lane] : identity;
-        for (int offset = kWarp / 2; offset > 0; offset /= 2) merge(state, shuffle_down(state, offset));
-        if (lane == 0) partial[0] = state;
-    }
-    __syncthreads();
-    return partial[0];
-}
-
+// The sum over the block's threads, for all of them. blockDim.x is a multiple of the warp's size.
 template <class Number>
 __device__ Number block_sum(Number x) {
-    return block_reduce(x, Number(0), [](Number& a, const Number& b) { a += b; });
+    __shared__ Number partial[kMaxThreads / kWarp];
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    __syncthreads();  // the sum before may still be read
+    if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    Number total = 0;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) total += partial[warp];
+    return total;
 }
 
-// max x and log2 sum exp2(c * (x - max)) over a row, the same in all threads of the block.
-template <class T>
-__device__ RowStats<float> softmax_stats(const T* row, int64_t vocab, bool aligned, float c) {
-    SoftmaxState<float> state, identity;
-    state.init();
-    identity.init();
-    for_elements(vocab, [&](int64_t i, int64_t left) {
-        float x[kElements];
-        load_elements(row + i, left, aligned, x);
-        state.update(x, c);
-    });
-    return stats(block_reduce(state, identity,
-                              [c](SoftmaxState<float>& a, const SoftmaxState<float>& b) { merge(a, b, c); }));
+inline unsigned grid_of(const char* kernel, int64_t blocks) {
+    if (blocks > INT32_MAX) throw std::runtime_error(std::string(kernel) + ": more than 2^31 - 1 blocks");
+    return static_cast<unsigned>(blocks);
 }
 
-inline void check_launch(const char* kernel, int64_t rows, int64_t vocab) {
-    const cudaError_t error = cudaGetLastError();
+inline void check_launch(const char* kernel, cudaError_t error, int64_t rows, int64_t vocab) {
     if (error != cudaSuccess) {
+        cudaGetLastError();  // reported here, and not to the next one who asks
         throw std::runtime_error(std::string(kernel) + " with rows=" + std::to_string(rows) +
                                  " vocab=" + std::to_string(vocab) + ": " + cudaGetErrorString(error));
     }
 }
 
-inline unsigned grid_of(const char* kernel, int64_t rows) {
-    if (rows > INT32_MAX) throw std::runtime_error(std::string(kernel) + ": more than 2^31 - 1 rows");
-    return static_cast<unsigned>(rows);
+// Launches kernel(args, launch, constants...) with launch.blocks blocks for each of args.rows rows.
+// `cluster`: blocks of a row merge states.
+template <auto kernel, class Args, class... Constants>
+void launch_rows(const char* name, const Args& args, const RowLaunch& launch, bool cluster,
+                 cudaStream_t stream, Constants... constants) {
+    const int64_t blocks = args.rows * launch.blocks;
+    // Positions in a row are int. The margin is for those that a loop computes beyond the row's end.
+    if (args.vocab > INT32_MAX / 2 || args.rows > INT32_MAX || blocks > INT32_MAX)
+        throw std::runtime_error(std::string(name) + " with rows=" + std::to_string(args.rows) +
+                                 " vocab=" + std::to_string(args.vocab) + ": too large for one launch");
+    if (launch.shared_bytes > 0) {
+        // More than 48 KB are given to kernels that asked for it, on each device; to ask twice does no harm.
+        static std::atomic<uint64_t> asked{0};
+        int device = 0;
+        cudaGetDevice(&device);
+        const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+        if (!(asked.load(std::memory_order_relaxed) & bit)) {
+            const int most = static_cast<int>(current_row_limits().shared_per_block - kStaticShared);
+            check_launch(name,
+                         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+                         args.rows, args.vocab);
+            check_launch(name,
+                         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                              cudaSharedmemCarveoutMaxShared),
+                         args.rows, args.vocab);
+            asked.fetch_or(bit, std::memory_order_relaxed);
+        }
+    }
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(launch.blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster && launch.blocks > 1 ? 1 : 0;
+    check_launch(name, cudaLaunchKernelEx(&config, kernel, args, launch, constants...), args.rows,
+                 args.vocab);
 }
 
 // f(T{}) with the element type of a runtime dtype; the one place where dtypes become template arguments.
@@ -186,12 +222,20 @@ void dispatch_dtype(const char* kernel, DType dtype, F&& f) {
 struct KernelEntry {
     const char* name;
     const void* function;  // the bfloat16 instance
-    int threads;           // for a vocabulary of 50272
+    RowLaunch launch;      // for OPT's vocabulary
 };
-KernelEntry log_softmax_kl_entry();
+constexpr int64_t kReportedVocab = 50272;
+// Of a kernel whose blocks do not share rows.
+inline RowLaunch plain_launch(int threads) {
+    RowLaunch launch{};
+    launch.blocks = 1;
+    launch.threads = threads;
+    return launch;
+}
+KernelEntry log_softmax_kl_entry(const RowLimits& limits);
 KernelEntry log_softmax_kl_backward_entry();
-KernelEntry topk_kl_entry();
-KernelEntry cross_entropy_entry();
+KernelEntry topk_kl_entry(const RowLimits& limits);
+KernelEntry cross_entropy_entry(const RowLimits& limits);
 KernelEntry row_reduce_entry();
 KernelEntry dequantise_4bit_entry();
 KernelEntry dequantise_8bit_entry();

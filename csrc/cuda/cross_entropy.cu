@@ -1,42 +1,58 @@
-// cross_entropy on CUDA. One block a row; one read for the log-sum-exp, one read and write for the gradient.
+// cross_entropy on CUDA; bound by memory. A row is kept in shared memory between its log-sum-exp and its
+// gradient (see row_launch.h).
 #include "fastft/cross_entropy.h"
 
-#include "common.cuh"
+#include "row.cuh"
 
 namespace fastft {
 inline namespace FASTFT_TARGET {
 namespace {
 
+struct Row {
+    RowStats<float> stats;
+    float log_p;  // of the label
+};
+
 template <class T>
-__global__ void FASTFT_ROW_KERNEL cross_entropy_kernel(CrossEntropyArgs args) {
-    const int64_t r = blockIdx.x;
-    T* logits = static_cast<T*>(args.logits) + r * args.logits_stride;
-    float* nll = static_cast<float*>(args.nll) + r;
-    const int64_t label = args.labels[r];
+__global__ void FASTFT_ROW_KERNEL cross_entropy_kernel(CrossEntropyArgs args, RowLaunch launch) {
+    const RowPart part = row_part(launch, args.vocab);
+    T* row_logits = static_cast<T*>(args.logits) + part.row * args.logits_stride;
+    T* part_logits = row_logits + part.begin;
+    float* nll = static_cast<float*>(args.nll) + part.row;
+    const bool first = part.begin == 0 && threadIdx.x == 0;
+    const int64_t label = args.labels[part.row];
     const bool ignored = label == args.ignore_index;
     if (ignored || label < 0 || label >= args.vocab) {
         const float value = ignored ? 0.0f : NAN;
-        if (threadIdx.x == 0) *nll = value;
-        if (args.write_grad) fill_row(logits, args.vocab, value);
+        if (first) *nll = value;
+        if (args.write_grad) fill(part_logits, part.size, value);
         return;
     }
     const float c = static_cast<float>(kLog2E);
-    const bool aligned = is_aligned(logits);
-    const float label_logit = to_float(logits[label]);
-    // The barriers inside also keep the label's logit from being overwritten before all have read it.
-    const RowStats<float> row = softmax_stats(logits, args.vocab, aligned, c);
-    const float log_p = log2_prob(label_logit, row.max, row.log2_sum, c) * static_cast<float>(kLn2);
-    if (threadIdx.x == 0) *nll = -log_p;
+    // The barriers in merge_row also keep it from being overwritten, by any block, before all have read it.
+    const float label_logit = to_float(row_logits[label]);
+    RowCache<T, 1> logits({row_logits}, part, launch.cached);
+    SoftmaxState<float> state;
+    state.init();
+    logits.read([&](int, const float (&x)[1][kElements]) { state.update(x[0], c); });
+    const Row row = merge_row(state, c, launch.blocks, [&](const SoftmaxState<double>& total) {
+        const RowStats<double> all = stats(total);
+        const double log_p = log2_prob<double>(label_logit, all.max, all.log2_sum, c) * kLn2;
+        return Row{narrow(all), static_cast<float>(log_p)};
+    });
+    if (first) *nll = -row.log_p;
     if (!args.write_grad) return;
-    for_elements(args.vocab, [&](int64_t i, int64_t left) {
-        float x[kElements];
-        load_elements(logits + i, left, aligned, x);
+    const bool aligned = is_aligned(part_logits);
+    logits.reread([&](int i, const float (&x)[1][kElements]) {
+        float g[kElements];
 #pragma unroll
         for (int k = 0; k < kElements; ++k) {
             // expm1 keeps the digits of a label that is almost certain.
-            x[k] = i + k == label ? expm1f(log_p) : exp2_(log2_prob(x[k], row.max, row.log2_sum, c));
+            g[k] = part.begin + i + k == label
+                       ? expm1f(row.log_p)
+                       : exp2_(log2_prob(x[0][k], row.stats.max, row.stats.log2_sum, c));
         }
-        store_elements(logits + i, left, aligned, x);
+        store_elements(part_logits + i, part.size - i, aligned, g);
     });
 }
 
@@ -47,15 +63,15 @@ void cross_entropy_cuda(const CrossEntropyArgs& args, cudaStream_t stream) {
     constexpr const char* name = "cross_entropy_kernel";
     if (args.rows == 0) return;
     dispatch_dtype(name, args.dtype, [&](auto element) {
-        cross_entropy_kernel<decltype(element)>
-            <<<grid_of(name, args.rows), threads_for(args.vocab), 0, stream>>>(args);
+        using T = decltype(element);
+        const RowLaunch launch = plan_cached_row(args.vocab, sizeof(T), current_row_limits());
+        launch_rows<cross_entropy_kernel<T>>(name, args, launch, true, stream);
     });
-    check_launch(name, args.rows, args.vocab);
 }
 
-KernelEntry cross_entropy_entry() {
+KernelEntry cross_entropy_entry(const RowLimits& limits) {
     return {"cross_entropy", reinterpret_cast<const void*>(&cross_entropy_kernel<__nv_bfloat16>),
-            threads_for(50272)};
+            plan_cached_row(kReportedVocab, sizeof(__nv_bfloat16), limits)};
 }
 
 }  // namespace fastft

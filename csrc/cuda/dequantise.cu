@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) dequantise_4bit_kernel(Dequantise4bi
     __syncthreads();
     const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kElements;
     if (i >= args.count) return;
-    const int64_t e = args.first + i, left = args.count - i;
+    const int64_t e = args.first + i;
+    const int left = static_cast<int>(min(args.count - i, int64_t(kElements)));
     T* out = static_cast<T*>(args.out) + i;
     float x[kElements];
     if (left >= kElements && args.first % kElements == 0 &&
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) dequantise_8bit_kernel(Dequantise8bi
     const int8_t* values = args.values + row * args.K + k;
     T* out = static_cast<T*>(args.out) + row * args.K + k;
     const float scale = args.scale[row];
-    const int64_t left = args.K - k;
+    const int left = static_cast<int>(min(args.K - k, int64_t(kElements)));
     float x[kElements];
     if (left >= kElements && reinterpret_cast<uintptr_t>(values) % 8 == 0) {
         const uint2 words = *reinterpret_cast<const uint2*>(values);
@@ -83,7 +84,7 @@ void dequantise_4bit_cuda(const Dequantise4bitArgs& args, cudaStream_t stream) {
     dispatch_dtype(name, args.dtype, [&](auto element) {
         dequantise_4bit_kernel<decltype(element)><<<grid, kThreads, 0, stream>>>(args);
     });
-    check_launch(name, 1, args.count);
+    check_launch(name, cudaGetLastError(), 1, args.count);
 }
 
 void dequantise_8bit_cuda(const Dequantise8bitArgs& args, cudaStream_t stream) {
@@ -96,16 +97,16 @@ void dequantise_8bit_cuda(const Dequantise8bitArgs& args, cudaStream_t stream) {
     dispatch_dtype(name, args.dtype, [&](auto element) {
         dequantise_8bit_kernel<decltype(element)><<<grid, kThreads, 0, stream>>>(args);
     });
-    check_launch(name, args.rows, args.K);
+    check_launch(name, cudaGetLastError(), args.rows, args.K);
 }
 
 KernelEntry dequantise_4bit_entry() {
     return {"dequantise_4bit", reinterpret_cast<const void*>(&dequantise_4bit_kernel<__nv_bfloat16>),
-            kThreads};
+            plain_launch(kThreads)};
 }
 KernelEntry dequantise_8bit_entry() {
     return {"dequantise_8bit", reinterpret_cast<const void*>(&dequantise_8bit_kernel<__nv_bfloat16>),
-            kThreads};
+            plain_launch(kThreads)};
 }
 
 }  // namespace fastft

@@ -40,28 +40,46 @@ bool device_limits(int device, DeviceLimits* out) {
     out->multiprocessors = properties.multiProcessorCount;
     out->max_threads_per_block = properties.maxThreadsPerBlock;
     out->shared_bytes_per_block = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
+    out->shared_bytes_per_multiprocessor = static_cast<int64_t>(properties.sharedMemPerMultiprocessor);
     out->l2_bytes = properties.l2CacheSize;
     out->global_bytes = static_cast<int64_t>(properties.totalGlobalMem);
     return true;
 }
 
+RowLimits current_row_limits() {
+    int device = 0, major = 0, per_block = 0, per_multiprocessor = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    const auto read = [&](cudaDeviceAttr attribute, int* value) {
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+    };
+    read(cudaDevAttrComputeCapabilityMajor, &major);
+    read(cudaDevAttrMaxSharedMemoryPerBlockOptin, &per_block);
+    read(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &per_multiprocessor);
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string("fastft: no CUDA device: ") + cudaGetErrorString(error));
+    return row_limits(major, per_block, per_multiprocessor);
+}
+
 int launch_configurations(LaunchConfiguration* out, int capacity) {
-    const KernelEntry kernels[] = {log_softmax_kl_entry(),  log_softmax_kl_backward_entry(),
-                                   topk_kl_entry(),         cross_entropy_entry(),
-                                   row_reduce_entry(),      adamw_norm_entry(),
-                                   adamw_update_entry(),    adamw_update_8bit_entry(),
-                                   dequantise_4bit_entry(), dequantise_8bit_entry()};
     const bool device = device_count() > 0;
+    const RowLimits limits = device ? current_row_limits() : RowLimits{1, 0, 0};
+    const KernelEntry kernels[] = {log_softmax_kl_entry(limits), log_softmax_kl_backward_entry(),
+                                   topk_kl_entry(limits),        cross_entropy_entry(limits),
+                                   row_reduce_entry(),           adamw_norm_entry(),
+                                   adamw_update_entry(),         adamw_update_8bit_entry(),
+                                   dequantise_4bit_entry(),      dequantise_8bit_entry()};
     int n = 0;
     for (const KernelEntry& kernel : kernels) {
         if (n == capacity) break;
-        LaunchConfiguration configuration{kernel.name, kernel.threads, 0, 0, 0};
+        LaunchConfiguration configuration{
+            kernel.name, kernel.launch.blocks, kernel.launch.threads, 0, 0, kernel.launch.shared_bytes, 0};
         cudaFuncAttributes attributes;
         if (device && cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess) {
             configuration.registers = attributes.numRegs;
-            configuration.shared_bytes = static_cast<int>(attributes.sharedSizeBytes);
-            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&configuration.blocks_per_sm, kernel.function,
-                                                          kernel.threads, 0);
+            configuration.static_shared_bytes = static_cast<int>(attributes.sharedSizeBytes);
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&configuration.blocks_per_multiprocessor,
+                                                          kernel.function, kernel.launch.threads,
+                                                          static_cast<size_t>(kernel.launch.shared_bytes));
         }
         cudaGetLastError();
         out[n++] = configuration;

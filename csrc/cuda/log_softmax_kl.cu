@@ -1,8 +1,11 @@
-// log_softmax_kl on CUDA. One block a row; bound by memory: forward reads each logit once (jsd twice), the
-// gradient reads it once more, largely from L2, and writes it once.
+// log_softmax_kl on CUDA; bound by memory. A row is shared by a cluster of blocks and kept in their shared
+// memory between its statistics and its gradient (see row_launch.h). The separate backward is a map over
+// rows that forward has left in device memory.
+//
+// No cache hints: what is written is read next, by the head's matrix products, and may still be in L2.
 #include "fastft/log_softmax_kl.h"
 
-#include "common.cuh"
+#include "row.cuh"
 
 namespace fastft {
 inline namespace FASTFT_TARGET {
@@ -14,110 +17,120 @@ struct Row {
     float divergence, grad_divergence;
 };
 
-struct JsdSums {
-    float t, s;
-};
-
+// The order of a pair of rows in this file.
+constexpr int kStudent = 0, kTeacher = 1;
 template <class T>
-__device__ Row row_forward(const T* student, const T* teacher, int64_t vocab, float c, Direction direction,
-                           float beta) {
-    const bool reverse = direction == Direction::Reverse;
-    const T* p = reverse ? student : teacher;
-    const T* q = reverse ? teacher : student;
-    const bool aligned = is_aligned(p) && is_aligned(q);
-    KlState<float> state, identity;
+using Logits = RowCache<T, 2>;
+
+template <class S>
+struct JsdSums {
+    RunningSum<S> t, s;
+
+    __device__ void init() {
+        t.init();
+        s.init();
+    }
+    __device__ void add(const JsdSums& b) {
+        t.merge(b.t);
+        s.merge(b.s);
+    }
+};
+__device__ __forceinline__ JsdSums<double> widen(const JsdSums<float>& a) { return {widen(a.t), widen(a.s)}; }
+template <class S>
+__device__ __forceinline__ void merge_lanes(JsdSums<S>& a, S) {
+    add_lanes(a);
+}
+
+template <Direction direction, class T>
+__device__ __forceinline__ Row row_forward(Logits<T>& logits, int blocks, float c, float beta) {
+    constexpr int p = direction == Direction::Reverse ? kStudent : kTeacher, q = 1 - p;
+    KlState<float> state;
     state.init();
-    identity.init();
-    for_elements(vocab, [&](int64_t i, int64_t left) {
-        float x[kElements], y[kElements];
-        load_elements(p + i, left, aligned, x);
-        load_elements(q + i, left, aligned, y);
-        state.update(x, y, c);
+    logits.read([&](int, const float (&x)[2][kElements]) {
+        if constexpr (direction == Direction::Jsd) {
+            state.p.update(x[p], c);
+            state.q.update(x[q], c);
+        } else {
+            state.update(x[p], x[q], c);
+        }
     });
-    state =
-        block_reduce(state, identity, [c](KlState<float>& a, const KlState<float>& b) { merge(a, b, c); });
-    Row row;
-    row.student = stats(reverse ? state.p : state.q);
-    row.teacher = stats(reverse ? state.q : state.p);
-    row.divergence = row.grad_divergence = kl_value(state, c);
-    if (direction == Direction::Jsd) {
-        JsdSums sums{0, 0};
-        for_elements(vocab, [&](int64_t i, int64_t left) {
-            float s[kElements], t[kElements];
-            load_elements(student + i, left, aligned, s);
-            load_elements(teacher + i, left, aligned, t);
+    Row row = merge_row(state, c, blocks, [c](const KlState<double>& total) {
+        const RowStats<float> of_p = narrow(stats(total.p)), of_q = narrow(stats(total.q));
+        const float kl = direction == Direction::Jsd ? 0 : static_cast<float>(kl_value(total, double(c)));
+        return p == kStudent ? Row{of_p, of_q, kl, kl} : Row{of_q, of_p, kl, kl};
+    });
+    if constexpr (direction == Direction::Jsd) {
+        // The mixture of the two distributions needs both normalisers first.
+        JsdSums<float> sums;
+        sums.init();
+        logits.reread([&](int, const float (&x)[2][kElements]) {
+            float block_t = 0, block_s = 0;
 #pragma unroll
             for (int k = 0; k < kElements; ++k) {
                 const JsdTerms<float> terms =
-                    jsd_terms(log2_prob(s[k], row.student.max, row.student.log2_sum, c),
-                              log2_prob(t[k], row.teacher.max, row.teacher.log2_sum, c), beta);
-                sums.t += terms.t;
-                sums.s += terms.s;
+                    jsd_terms(log2_prob(x[kStudent][k], row.student.max, row.student.log2_sum, c),
+                              log2_prob(x[kTeacher][k], row.teacher.max, row.teacher.log2_sum, c), beta);
+                block_t += terms.t;
+                block_s += terms.s;
             }
+            sums.t.add(block_t);
+            sums.s.add(block_s);
         });
-        sums = block_reduce(sums, JsdSums{0, 0}, [](JsdSums& a, const JsdSums& b) {
-            a.t += b.t;
-            a.s += b.s;
+        const JsdTerms<float> total = merge_row(sums, c, blocks, [](const JsdSums<double>& all) {
+            return JsdTerms<float>{static_cast<float>(all.t.value()), static_cast<float>(all.s.value())};
         });
-        row.grad_divergence = sums.s;
-        row.divergence = beta * sums.t + (1 - beta) * sums.s;
+        row.grad_divergence = total.s;
+        row.divergence = beta * total.t + (1 - beta) * total.s;
     }
     return row;
 }
 
-// f(log2 P_s, log2 P_t) for every element, written to grad; grad may be student.
-template <class T, class F>
-__device__ __forceinline__ void map_row(const T* student, const T* teacher, T* grad, int64_t vocab, float c,
-                                        const Row& row, F&& f) {
-    const bool aligned = is_aligned(student) && is_aligned(teacher) && is_aligned(grad);
-    for_elements(vocab, [&](int64_t i, int64_t left) {
-        float s[kElements], t[kElements];
-        load_elements(student + i, left, aligned, s);
-        load_elements(teacher + i, left, aligned, t);
+// d divergence / d student of this block's part of the row, times scale. grad: the part's first element; may
+// be the student's.
+template <Direction direction, class T>
+__device__ __forceinline__ void row_grad(const Logits<T>& logits, T* grad, int size, const Row& row, float c,
+                                         float beta, float scale) {
+    const bool aligned = is_aligned(grad);
+    logits.reread([&](int i, const float (&x)[2][kElements]) {
+        float g[kElements];
 #pragma unroll
         for (int k = 0; k < kElements; ++k) {
-            s[k] = f(log2_prob(s[k], row.student.max, row.student.log2_sum, c),
-                     log2_prob(t[k], row.teacher.max, row.teacher.log2_sum, c));
+            const float log2_ps = log2_prob(x[kStudent][k], row.student.max, row.student.log2_sum, c);
+            const float log2_pt = log2_prob(x[kTeacher][k], row.teacher.max, row.teacher.log2_sum, c);
+            if constexpr (direction == Direction::Forward) {
+                g[k] = forward_kl_grad(log2_ps, log2_pt, scale);
+            } else if constexpr (direction == Direction::Reverse) {
+                g[k] = reverse_kl_grad(log2_ps, log2_pt, row.grad_divergence, scale);
+            } else {
+                g[k] = jsd_grad(log2_ps, log2_pt, row.grad_divergence, beta, scale * (1 - beta));
+            }
         }
-        store_elements(grad + i, left, aligned, s);
+        store_elements(grad + i, size - i, aligned, g);
     });
 }
 
-template <class T>
-__device__ void row_grad(const T* student, const T* teacher, T* grad, int64_t vocab, float c, const Row& row,
-                         Direction direction, float beta, float scale) {
-    if (direction == Direction::Forward) {
-        map_row(student, teacher, grad, vocab, c, row,
-                [&](float log2_ps, float log2_pt) { return forward_kl_grad(log2_ps, log2_pt, scale); });
-    } else if (direction == Direction::Reverse) {
-        map_row(student, teacher, grad, vocab, c, row, [&](float log2_ps, float log2_pt) {
-            return reverse_kl_grad(log2_ps, log2_pt, row.grad_divergence, scale);
-        });
-    } else {
-        const float jsd_scale = scale * (1 - beta);
-        map_row(student, teacher, grad, vocab, c, row, [&](float log2_ps, float log2_pt) {
-            return jsd_grad(log2_ps, log2_pt, row.grad_divergence, beta, jsd_scale);
-        });
-    }
-}
-
-template <class T>
-__global__ void FASTFT_ROW_KERNEL log_softmax_kl_kernel(LogSoftmaxKlArgs args, float c) {
-    const int64_t r = blockIdx.x;
-    const T* student = static_cast<const T*>(args.student) + r * args.student_stride;
-    const T* teacher = static_cast<const T*>(args.teacher) + r * args.teacher_stride;
-    T* grad = args.grad ? static_cast<T*>(args.grad) + r * args.grad_stride : nullptr;
+template <class T, Direction direction>
+__global__ void FASTFT_ROW_KERNEL log_softmax_kl_kernel(LogSoftmaxKlArgs args, RowLaunch launch, float c) {
+    const RowPart part = row_part(launch, args.vocab);
+    const int64_t r = part.row;
+    T* grad = args.grad ? static_cast<T*>(args.grad) + r * args.grad_stride + part.begin : nullptr;
     float* kl = static_cast<float*>(args.kl) + r;
     float* out = args.stats ? static_cast<float*>(args.stats) + r * kLogSoftmaxKlStats : nullptr;
+    const bool first = part.begin == 0 && threadIdx.x == 0;
     if (args.weights && static_cast<const float*>(args.weights)[r] == 0) {
-        if (threadIdx.x == 0) *kl = 0;
-        if (out && threadIdx.x < kLogSoftmaxKlStats) out[threadIdx.x] = 0;
-        if (grad) fill_row(grad, args.vocab, 0);
+        if (first) {
+            *kl = 0;
+            for (int i = 0; out && i < kLogSoftmaxKlStats; ++i) out[i] = 0;
+        }
+        if (grad) fill(grad, part.size, 0);
         return;
     }
     const float temperature = static_cast<float>(args.temperature), beta = static_cast<float>(args.beta);
-    const Row row = row_forward(student, teacher, args.vocab, c, args.direction, beta);
-    if (threadIdx.x == 0) {
+    Logits<T> logits({static_cast<const T*>(args.student) + r * args.student_stride,
+                      static_cast<const T*>(args.teacher) + r * args.teacher_stride},
+                     part, launch.cached);
+    const Row row = row_forward<direction>(logits, launch.blocks, c, beta);
+    if (first) {
         *kl = temperature * temperature * row.divergence;
         if (out) {
             out[0] = row.student.max;
@@ -127,23 +140,40 @@ __global__ void FASTFT_ROW_KERNEL log_softmax_kl_kernel(LogSoftmaxKlArgs args, f
             out[4] = row.grad_divergence;
         }
     }
-    if (grad) row_grad(student, teacher, grad, args.vocab, c, row, args.direction, beta, temperature);
+    if (grad) row_grad<direction>(logits, grad, part.size, row, c, beta, temperature);
 }
 
-template <class T>
-__global__ void FASTFT_ROW_KERNEL log_softmax_kl_backward_kernel(LogSoftmaxKlBackwardArgs args, float c) {
-    const int64_t r = blockIdx.x;
-    T* grad = static_cast<T*>(args.grad) + r * args.vocab;
+template <class T, Direction direction>
+__global__ void FASTFT_ROW_KERNEL log_softmax_kl_backward_kernel(LogSoftmaxKlBackwardArgs args,
+                                                                 RowLaunch launch, float c) {
+    const RowPart part = row_part(launch, args.vocab);
+    const int64_t r = part.row;
+    T* grad = static_cast<T*>(args.grad) + r * args.vocab + part.begin;
     const float grad_kl = static_cast<const float*>(args.grad_kl)[r];
     if (grad_kl == 0) {
-        fill_row(grad, args.vocab, 0);
+        fill(grad, part.size, 0);
         return;
     }
     const float* in = static_cast<const float*>(args.stats) + r * kLogSoftmaxKlStats;
     const Row row{{in[0], in[1]}, {in[2], in[3]}, 0, in[4]};
-    row_grad(static_cast<const T*>(args.student) + r * args.student_stride,
-             static_cast<const T*>(args.teacher) + r * args.teacher_stride, grad, args.vocab, c, row,
-             args.direction, static_cast<float>(args.beta), static_cast<float>(args.temperature) * grad_kl);
+    const Logits<T> logits({static_cast<const T*>(args.student) + r * args.student_stride,
+                            static_cast<const T*>(args.teacher) + r * args.teacher_stride},
+                           part, 0);
+    row_grad<direction>(logits, grad, part.size, row, c, static_cast<float>(args.beta),
+                        static_cast<float>(args.temperature) * grad_kl);
+}
+
+// f(std::integral_constant<Direction, ...>) of a runtime direction.
+template <class F>
+void dispatch_direction(Direction direction, F&& f) {
+    switch (direction) {
+        case Direction::Forward:
+            return f(std::integral_constant<Direction, Direction::Forward>{});
+        case Direction::Reverse:
+            return f(std::integral_constant<Direction, Direction::Reverse>{});
+        case Direction::Jsd:
+            return f(std::integral_constant<Direction, Direction::Jsd>{});
+    }
 }
 
 }  // namespace
@@ -152,33 +182,40 @@ __global__ void FASTFT_ROW_KERNEL log_softmax_kl_backward_kernel(LogSoftmaxKlBac
 void log_softmax_kl_cuda(const LogSoftmaxKlArgs& args, cudaStream_t stream) {
     constexpr const char* name = "log_softmax_kl_kernel";
     if (args.rows == 0) return;
+    const float c = static_cast<float>(kLog2E / args.temperature);
     dispatch_dtype(name, args.dtype, [&](auto element) {
-        log_softmax_kl_kernel<decltype(element)>
-            <<<grid_of(name, args.rows), threads_for(args.vocab), 0, stream>>>(
-                args, static_cast<float>(kLog2E / args.temperature));
+        using T = decltype(element);
+        const RowLaunch launch = plan_cached_row(args.vocab, 2 * sizeof(T), current_row_limits());
+        dispatch_direction(args.direction, [&](auto direction) {
+            launch_rows<log_softmax_kl_kernel<T, decltype(direction)::value>>(name, args, launch, true,
+                                                                              stream, c);
+        });
     });
-    check_launch(name, args.rows, args.vocab);
 }
 
 void log_softmax_kl_backward_cuda(const LogSoftmaxKlBackwardArgs& args, cudaStream_t stream) {
     constexpr const char* name = "log_softmax_kl_backward_kernel";
     if (args.rows == 0) return;
+    const float c = static_cast<float>(kLog2E / args.temperature);
+    const RowLaunch launch = plan_streamed_row(args.vocab);
     dispatch_dtype(name, args.dtype, [&](auto element) {
-        log_softmax_kl_backward_kernel<decltype(element)>
-            <<<grid_of(name, args.rows), threads_for(args.vocab), 0, stream>>>(
-                args, static_cast<float>(kLog2E / args.temperature));
+        using T = decltype(element);
+        dispatch_direction(args.direction, [&](auto direction) {
+            launch_rows<log_softmax_kl_backward_kernel<T, decltype(direction)::value>>(name, args, launch,
+                                                                                       false, stream, c);
+        });
     });
-    check_launch(name, args.rows, args.vocab);
 }
 
-KernelEntry log_softmax_kl_entry() {
-    return {"log_softmax_kl", reinterpret_cast<const void*>(&log_softmax_kl_kernel<__nv_bfloat16>),
-            threads_for(50272)};
+KernelEntry log_softmax_kl_entry(const RowLimits& limits) {
+    return {"log_softmax_kl",
+            reinterpret_cast<const void*>(&log_softmax_kl_kernel<__nv_bfloat16, Direction::Forward>),
+            plan_cached_row(kReportedVocab, 2 * sizeof(__nv_bfloat16), limits)};
 }
 KernelEntry log_softmax_kl_backward_entry() {
     return {"log_softmax_kl_backward",
-            reinterpret_cast<const void*>(&log_softmax_kl_backward_kernel<__nv_bfloat16>),
-            threads_for(50272)};
+            reinterpret_cast<const void*>(&log_softmax_kl_backward_kernel<__nv_bfloat16, Direction::Forward>),
+            plan_streamed_row(kReportedVocab)};
 }
 
 }  // namespace fastft

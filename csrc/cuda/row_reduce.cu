@@ -38,11 +38,12 @@ void row_reduce_cuda(const RowReduceArgs& args, cudaStream_t stream) {
     } else {
         row_reduce_kernel<float><<<1, kMaxThreads, 0, stream>>>(args);
     }
-    check_launch("row_reduce_kernel", args.rows, 1);
+    check_launch("row_reduce_kernel", cudaGetLastError(), args.rows, 1);
 }
 
 KernelEntry row_reduce_entry() {
-    return {"row_reduce", reinterpret_cast<const void*>(&row_reduce_kernel<float>), kMaxThreads};
+    return {"row_reduce", reinterpret_cast<const void*>(&row_reduce_kernel<float>),
+            plain_launch(kMaxThreads)};
 }
 
 }  // namespace fastft

@@ -2,6 +2,7 @@
 // through here; the functions on raw addresses serve the tests of row_math.h and vec.h.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "fastft/build_info.h"
 #include "fastft/cpu_capability.h"
 #include "fastft/huge_pages.h"
+#include "fastft/row_launch.h"
 #include "fastft/row_math.h"
 
 namespace py = pybind11;
@@ -37,10 +39,12 @@ py::list launch_configurations() {
     for (int i = 0; i < n; ++i) {
         py::dict d;
         d["kernel"] = all[i].kernel;
+        d["blocks"] = all[i].blocks;
         d["threads"] = all[i].threads;
         d["registers"] = all[i].registers;
-        d["shared_bytes"] = all[i].shared_bytes;
-        d["blocks_per_sm"] = all[i].blocks_per_sm;
+        d["static_shared_bytes"] = all[i].static_shared_bytes;
+        d["dynamic_shared_bytes"] = all[i].dynamic_shared_bytes;
+        d["blocks_per_multiprocessor"] = all[i].blocks_per_multiprocessor;
         out.append(d);
     }
     return out;
@@ -57,6 +61,7 @@ py::list devices() {
         d["multiprocessors"] = limits.multiprocessors;
         d["max_threads_per_block"] = limits.max_threads_per_block;
         d["shared_bytes_per_block"] = limits.shared_bytes_per_block;
+        d["shared_bytes_per_multiprocessor"] = limits.shared_bytes_per_multiprocessor;
         d["l2_bytes"] = limits.l2_bytes;
         d["global_bytes"] = limits.global_bytes;
         out.append(d);
@@ -69,34 +74,77 @@ T* address(uintptr_t p) {
     return reinterpret_cast<T*>(p);
 }
 
-// KL(softmax(p) || softmax(q)) of one row the way a block of `threads` CUDA threads computes it: every thread
-// takes `K` neighbouring elements in turn, then states merge pairwise. Runs the very templates of the device.
-constexpr int kElements = 8;
+py::dict plan_cached_row(int64_t vocab, int64_t element_bytes, int major, int64_t shared_per_block,
+                         int64_t shared_per_multiprocessor) {
+    const fastft::RowLaunch launch = fastft::plan_cached_row(
+        vocab, element_bytes, fastft::row_limits(major, shared_per_block, shared_per_multiprocessor));
+    py::dict d;
+    d["blocks"] = launch.blocks;
+    d["threads"] = launch.threads;
+    d["slice"] = launch.slice;
+    d["cached"] = launch.cached;
+    d["shared_bytes"] = launch.shared_bytes;
+    return d;
+}
 
-double kl_by_threads(uintptr_t p_address, uintptr_t q_address, int64_t n, int threads, double temperature) {
+// The lanes' states as merge_lanes in cuda/row.cuh merges them: 32 at a time, all moved to the largest
+// maximum, then added by exchanges over 16, 8, 4, 2 and 1 lanes.
+template <class S>
+fastft::KlState<S> merge_lanes(std::vector<fastft::KlState<S>> lanes, S c) {
+    const fastft::KlState<S> none = [] {
+        fastft::KlState<S> state;
+        state.init();
+        return state;
+    }();
+    lanes.resize(fastft::kWarp, none);
+    S p_max = none.p.max, q_max = none.q.max;
+    for (const auto& lane : lanes) {
+        p_max = fastft::max_(p_max, lane.p.max);
+        q_max = fastft::max_(q_max, lane.q.max);
+    }
+    for (auto& lane : lanes) lane.move_to(p_max, q_max, c);
+    for (size_t mask = fastft::kWarp / 2; mask > 0; mask /= 2) {
+        const auto before = lanes;
+        for (size_t i = 0; i < lanes.size(); ++i) lanes[i].add(before[i ^ mask]);
+    }
+    return lanes[0];
+}
+
+// KL(softmax(p) || softmax(q)) of one row the way `blocks` blocks of `threads` CUDA threads compute it: every
+// thread takes kElements neighbouring elements of its block's slice in turn; then threads, warps and blocks
+// merge. Runs the very templates of the device.
+double kl_by_blocks(uintptr_t p_address, uintptr_t q_address, int64_t n, int blocks, int threads,
+                    double temperature) {
+    using fastft::kElements, fastft::kWarp;
     const float* p = address<const float>(p_address);
     const float* q = address<const float>(q_address);
     const float c = static_cast<float>(fastft::kLog2E / temperature);
-    std::vector<fastft::KlState<float>> states(static_cast<size_t>(threads));
-    for (int t = 0; t < threads; ++t) {
-        auto& state = states[static_cast<size_t>(t)];
-        state.init();
-        for (int64_t i = int64_t(t) * kElements; i < n; i += int64_t(threads) * kElements) {
-            float x[kElements], y[kElements];
-            for (int k = 0; k < kElements; ++k) {
-                const bool inside = i + k < n;
-                x[k] = inside ? p[i + k] : -INFINITY;
-                y[k] = inside ? q[i + k] : -INFINITY;
+    const int64_t slice = fastft::slice_of(n, blocks);
+    std::vector<fastft::KlState<double>> of_blocks;
+    for (int block = 0; block < blocks; ++block) {
+        const int64_t end = std::min(n, (block + 1) * slice);
+        std::vector<fastft::KlState<double>> of_warps;
+        for (int first = 0; first < threads; first += kWarp) {
+            std::vector<fastft::KlState<float>> lanes;
+            for (int thread = first; thread < first + kWarp; ++thread) {
+                fastft::KlState<float> state;
+                state.init();
+                for (int64_t i = block * slice + int64_t(thread) * kElements; i < end;
+                     i += int64_t(threads) * kElements) {
+                    float x[kElements], y[kElements];
+                    for (int k = 0; k < kElements; ++k) {
+                        x[k] = i + k < end ? p[i + k] : -INFINITY;
+                        y[k] = i + k < end ? q[i + k] : -INFINITY;
+                    }
+                    state.update(x, y, c);
+                }
+                lanes.push_back(state);
             }
-            state.update(x, y, c);
+            of_warps.push_back(widen(merge_lanes(lanes, c)));
         }
+        of_blocks.push_back(merge_lanes(of_warps, double(c)));
     }
-    for (int step = threads / 2; step > 0; step /= 2) {
-        for (int t = 0; t < step; ++t) {
-            fastft::merge(states[static_cast<size_t>(t)], states[static_cast<size_t>(t + step)], c);
-        }
-    }
-    return fastft::kl_value(states[0], c);
+    return fastft::kl_value(merge_lanes(of_blocks, double(c)), double(c));
 }
 
 }  // namespace
@@ -118,5 +166,6 @@ PYBIND11_MODULE(_build, m) {
     m.def("log_array", [](uintptr_t x, uintptr_t y, int64_t n) {
         fastft::log_array_cpu(address<const float>(x), address<float>(y), n);
     });
-    m.def("kl_by_threads", &kl_by_threads);
+    m.def("plan_cached_row", &plan_cached_row);
+    m.def("kl_by_blocks", &kl_by_blocks);
 }

@@ -26,9 +26,9 @@ void cross_entropy_rows(Tensor logits, const Tensor& labels, Tensor nll, int64_t
 void lora_down(const Tensor& x, const Tensor& a, double scaling, Tensor u);
 void lora_up(Tensor y, const Tensor& u, const Tensor& b);
 Tensor lora_outer(const Tensor& u, const Tensor& y, bool transposed);
-void dequantise_4bit(const Tensor& packed, const Tensor& code, const Tensor& absmax, std::optional<Tensor> absmax_code,
-                     std::optional<Tensor> absmax_scale, double absmax_offset, int64_t block, int64_t absmax_block,
-                     int64_t first, Tensor out);
+void dequantise_4bit(const Tensor& packed, const Tensor& code, const Tensor& absmax,
+                     std::optional<Tensor> absmax_code, std::optional<Tensor> absmax_scale,
+                     double absmax_offset, int64_t block, int64_t absmax_block, int64_t first, Tensor out);
 void dequantise_8bit(const Tensor& values, const Tensor& scale, Tensor out);
 std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
 void bias_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ def check_hidden(op: str, name: str, hidden: Tensor) -> None:
     check_float(op, name, hidden)
     if hidden.dim() < 1:
         raise ValueError(f"{op}: {name} is {shape_of(hidden)}, expected [..., hidden]")
+
+
+def check_index(op: str, name: str, index: Tensor, other_name: str, other: Tensor) -> None:
+    check_like(op, name, index, other_name, other, dtype=False)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name} is {index.dtype}, expected int32 or int64")
 
 
 def check_weight(op: str, name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> None:
@@ -125,12 +132,20 @@ def chunk_size(rows: int, row_bytes: int, chunk_rows: int) -> int:
     return max(1, -(-rows // chunks))
 
 
+def chunks(rows: int, size: int) -> Iterator[slice]:
+    """[0, rows) in slices of ``size``; the last may be shorter."""
+    return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
+
+
 def logits_buffer(hidden: Tensor, rows: int, vocab: int) -> Tensor:
-    """Uninitialised [rows, vocab] for one chunk's logits, on huge pages where the system offers them."""
-    buffer = hidden.new_empty((rows, vocab))
+    """Uninitialised [rows, vocab] for one chunk's logits, on huge pages where the system offers them.
+
+    Rows start at multiples of 16 bytes, whatever the vocabulary: kernels and matrix products use vector accesses.
+    """
+    buffer = hidden.new_empty((rows, -(-vocab // 8) * 8))
     if buffer.is_cpu:
         _extension.load().advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
-    return buffer
+    return buffer[:, :vocab]
 
 
 def reduce_rows(values: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
@@ -166,12 +181,12 @@ class HeadGradients:
     def wanted(self) -> bool:
         return self.hidden_grad is not None or self.weight_sum is not None
 
-    def add(self, grad_logits: Tensor, begin: int, end: int) -> None:
+    def add(self, grad_logits: Tensor, part: slice) -> None:
         if self.hidden_grad is not None:
-            torch.mm(grad_logits, self.weight, out=self.hidden_grad[begin:end])
+            torch.mm(grad_logits, self.weight, out=self.hidden_grad[part])
         if self.weight_sum is not None:
-            hidden = self.hidden[begin:end]
-            scaled = (hidden * self.row_scale[begin:end, None]).to(hidden.dtype)
+            hidden = self.hidden[part]
+            scaled = (hidden * self.row_scale[part, None]).to(hidden.dtype)
             self.weight_sum += torch.mm(grad_logits.t(), scaled)
 
     def results(self) -> tuple[Tensor, Tensor]:

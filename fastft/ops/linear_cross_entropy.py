@@ -13,10 +13,11 @@ from fastft.ops._common import (
     check_choice,
     check_chunk_rows,
     check_hidden,
+    check_index,
     check_index_range,
-    check_like,
     check_weight,
     chunk_size,
+    chunks,
     logits_buffer,
     reduce_rows,
     register_linear_op,
@@ -58,9 +59,7 @@ def linear_cross_entropy(
     _extension.load()
     check_hidden(op, "hidden", hidden)
     check_weight(op, "weight", weight, "hidden", hidden)
-    check_like(op, "labels", labels, "hidden", hidden, dtype=False)
-    if labels.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: labels is {labels.dtype}, expected int32 or int64")
+    check_index(op, "labels", labels, "hidden", hidden)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{op}: labels is {shape_of(labels)}, expected {list(hidden.shape[:-1])} like the rows of hidden"
@@ -95,12 +94,11 @@ def _kernel(
     logits = logits_buffer(hidden, min(size, rows), vocab)
     nll = hidden.new_empty(rows, dtype=acc)
     grads = HeadGradients(hidden, weight, row_weights, reduction, hidden_grad, weight_grad)
-    for begin in range(0, rows, size):
-        end = min(begin + size, rows)
-        chunk = logits[: end - begin]
-        torch.mm(hidden[begin:end], weight.t(), out=chunk)
-        torch.ops.fastft.cross_entropy_rows(chunk, labels[begin:end], nll[begin:end], ignore_index, grads.wanted)
-        grads.add(chunk, begin, end)
+    for part in chunks(rows, size):
+        chunk = logits[: part.stop - part.start]
+        torch.mm(hidden[part], weight.t(), out=chunk)
+        torch.ops.fastft.cross_entropy_rows(chunk, labels[part], nll[part], ignore_index, grads.wanted)
+        grads.add(chunk, part)
     return *reduce_rows(nll, row_weights, reduction), *grads.results()
 
 

@@ -18,6 +18,7 @@ from fastft.ops._common import (
     check_temperature,
     check_weight,
     chunk_size,
+    chunks,
     flat_weights,
     logits_buffer,
     reduce_rows,
@@ -121,28 +122,27 @@ def _kernel(
         pair = student_hidden.new_empty((logits.shape[0], student_hidden.shape[1]))
     kl = student_hidden.new_empty(rows, dtype=accumulate_dtype(student_hidden.dtype))
     grads = HeadGradients(student_hidden, weight, weights, reduction, hidden_grad, weight_grad)
-    for begin in range(0, rows, size):
-        end = min(begin + size, rows)
-        n = end - begin
+    for part in chunks(rows, size):
+        n = part.stop - part.start
         student_logits, teacher_logits = logits[:n], logits[n : 2 * n]
         if teacher_weight is None:
-            pair[:n] = student_hidden[begin:end]
-            pair[n : 2 * n] = teacher_hidden[begin:end]
+            pair[:n] = student_hidden[part]
+            pair[n : 2 * n] = teacher_hidden[part]
             torch.mm(pair[: 2 * n], weight.t(), out=logits[: 2 * n])
         else:
-            torch.mm(student_hidden[begin:end], weight.t(), out=student_logits)
-            torch.mm(teacher_hidden[begin:end], teacher_weight.t(), out=teacher_logits)
+            torch.mm(student_hidden[part], weight.t(), out=student_logits)
+            torch.mm(teacher_hidden[part], teacher_weight.t(), out=teacher_logits)
         torch.ops.fastft.log_softmax_kl_rows(
             student_logits,
             teacher_logits,
-            None if weights is None else weights[begin:end],
-            kl[begin:end],
+            None if weights is None else weights[part],
+            kl[part],
             temperature,
             direction,
             beta,
             grads.wanted,
         )
-        grads.add(student_logits, begin, end)
+        grads.add(student_logits, part)
     return *reduce_rows(kl, weights, reduction), *grads.results()
 
 

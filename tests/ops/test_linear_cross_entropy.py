@@ -66,6 +66,17 @@ def test_opcheck(device, requires_grad, reduction):
     torch.library.opcheck(torch.ops.fastft.linear_cross_entropy.default, args)
 
 
+def test_row_op_schema(device):
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    nll = torch.empty(3, dtype=dtype, device=device)
+    logits = torch.randn(3, 9, dtype=dtype, device=device)
+    labels = torch.tensor([0, -100, 8], device=device)
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.fastft.cross_entropy_rows.default, (logits, labels, nll, -100, True), test_utils=utils
+    )
+
+
 # 4. Hard shapes ---------------------------------------------------------------------------------------
 
 
@@ -81,6 +92,23 @@ def test_leading_dimensions_strides_and_int32(device):
     t["hidden"] = t["hidden"].reshape(3, 4, 32).transpose(0, 1)
     t["labels"] = t["labels"].int().reshape(3, 4).t()
     check(t, torch.float32, reduction="none")
+
+
+def test_large_vocabulary(device):
+    """No multiple of anything; on a GPU rows that a cluster of blocks shares."""
+    for dtype in (torch.float32, torch.bfloat16):
+        check(inputs(3, 16, 200_003, dtype, device), dtype)
+
+
+def test_label_out_of_range_on_cuda_is_nan(device):
+    """Looking at the labels would wait for the device, so the row says it."""
+    if device.type == "cpu":
+        pytest.skip("a ValueError on the CPU")
+    t = inputs(4, 8, 9, torch.float32, device)
+    t["labels"] = torch.tensor([0, 9, -1, 8], device=device)
+    value, grads = run(lambda **t: linear_cross_entropy(**t, reduction="none"), t, ["hidden"])
+    assert value.isnan().tolist() == [False, True, True, False]
+    assert grads["hidden"].isnan().all(-1).tolist() == [False, True, True, False]
 
 
 def test_all_labels_ignored(device):
@@ -190,3 +218,19 @@ def test_not_twice_differentiable():
     t["hidden"].requires_grad_()
     with pytest.raises(RuntimeError, match="linear_cross_entropy is not twice differentiable"):
         torch.autograd.grad(linear_cross_entropy(**t), t["hidden"], create_graph=True)
+
+
+def test_compiles(device):
+    t = inputs(5, 8, 33, torch.float32, device)
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    ours, grads = run(compiled, t, ["hidden", "weight"])
+    eager, eager_grads = run(linear_cross_entropy, t, ["hidden", "weight"])
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(grads, eager_grads)
+
+
+def test_autocast_leaves_the_dtype_alone(device):
+    t = inputs(5, 8, 33, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = linear_cross_entropy(**t)
+    assert torch.equal(inside, linear_cross_entropy(**t))

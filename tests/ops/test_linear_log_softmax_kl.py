@@ -268,9 +268,9 @@ def test_not_twice_differentiable():
         torch.autograd.grad(linear_log_softmax_kl(**t), student, create_graph=True)
 
 
-def test_autocast_leaves_the_dtype_alone():
-    t = inputs(5, 8, 33, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast_leaves_the_dtype_alone(device):
+    t = inputs(5, 8, 33, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
         inside = linear_log_softmax_kl(**t)
     assert torch.equal(inside, linear_log_softmax_kl(**t))
 
@@ -291,6 +291,38 @@ def test_compiles(device):
     eager, eager_grads = run(linear_log_softmax_kl, t, ["student_hidden", "weight"])
     torch.testing.assert_close(ours, eager)
     torch.testing.assert_close(grads, eager_grads)
+
+
+def test_graph_capture(device):
+    """Nothing waits for the device, and a replay sees new inputs."""
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs need a CUDA device")
+    t = inputs(9, 64, 50272, torch.bfloat16, device)
+    student = t["student_hidden"].requires_grad_()
+
+    def step():
+        return torch.autograd.grad(linear_log_softmax_kl(**t, chunk_rows=4), student)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad = step()
+    with torch.no_grad():
+        student.mul_(0.5)
+    graph.replay()
+    assert torch.equal(grad, step())
+
+
+def test_second_device():
+    """Each device is told once that a kernel needs much shared memory."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    t = inputs(3, 16, 50272, torch.bfloat16)
+    losses = [linear_log_softmax_kl(**{k: v.to(f"cuda:{i}") for k, v in t.items()}).item() for i in (0, 1)]
+    assert losses[0] == losses[1]
 
 
 MEMORY = """

@@ -89,6 +89,15 @@ def test_opcheck(device, requires_grad, reduction):
     torch.library.opcheck(torch.ops.fastft.linear_topk_kl.default, (*args, requires_grad, requires_grad))
 
 
+def test_row_op_schema(device):
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    t = inputs(3, 4, 9, 3, dtype, device)
+    kl = torch.empty(3, dtype=dtype, device=device)
+    logits = torch.randn(3, 9, dtype=dtype, device=device)
+    args = (logits, t["topk_ids"], t["topk_log_probs"], None, kl, True, 1.5, True)
+    torch.library.opcheck(torch.ops.fastft.topk_kl_rows.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
 # 4. Hard shapes ---------------------------------------------------------------------------------------
 
 
@@ -107,6 +116,30 @@ def test_leading_dimensions_strides_and_int32(device):
     check({**t, **wide}, torch.float32, reduction="none", weights=torch.rand(3, 4, device=device).t())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_few_tokens_of_a_large_head(device, dtype):
+    """Without the tail only the listed rows of the head are used, unless the head needs a gradient."""
+    if not supported(device, dtype):
+        pytest.skip(f"{name(dtype)} is a CPU dtype")
+    t = inputs(7, 32, 2003, 5, dtype, device)
+    weights = torch.rand(7, device=device)
+    weights[3] = 0
+    for options in ({}, {"temperature": 2.5, "weights": weights, "chunk_rows": 3, "reduction": "none"}):
+        for grad_of in (("student_hidden",), ("student_hidden", "weight"), ()):
+            check(t, dtype, grad_of=grad_of, tail=False, **options)
+    check({**t, **{k: t[k][:0] for k in t if k != "weight"}}, dtype, grad_of=("student_hidden",), tail=False)
+
+
+def test_few_tokens_gather_no_logits_beyond_theirs(device):
+    t = inputs(3, 8, 2003, 5, torch.float32, device)
+    others = torch.ones(2003, dtype=torch.bool, device=device)
+    others[t["topk_ids"].flatten()] = False
+    t["weight"][others] = torch.nan
+    value, grads = run(lambda **t: linear_topk_kl(**t, tail=False), t, ["student_hidden"])
+    assert value.isfinite()
+    assert grads["student_hidden"].isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e-4])
 def test_tiny_tail_keeps_its_digits(device, scale):
     """A tail of 1e-9 in the student would be 0 as one minus the rest."""
@@ -117,6 +150,37 @@ def test_tiny_tail_keeps_its_digits(device, scale):
     ours = linear_topk_kl(hidden, weight, ids, log_probs)
     truth = reference.linear_topk_kl(hidden.double(), weight.double(), ids, log_probs.double())
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("scale", [1e4, 1e-3])
+def test_scale_of_logits(device, tail, scale):
+    for dtype in (torch.float32, torch.bfloat16):
+        t = inputs(5, 8, 33, 4, dtype, device)
+        t["weight"] = t["weight"] * scale
+        compare(linear_topk_kl, reference.linear_topk_kl, t, ["student_hidden"], dtype, max(1.0, scale), tail=tail)
+
+
+@pytest.mark.parametrize("k", [1, 300])
+def test_large_vocabulary(device, k):
+    """No multiple of anything; on a GPU rows that a cluster of blocks shares, with listed tokens in every part."""
+    for dtype in (torch.float32, torch.bfloat16):
+        check(inputs(3, 16, 200_003, k, dtype, device), dtype)
+
+
+@pytest.mark.parametrize("vocab", [9, 2003])
+def test_id_out_of_range_on_cuda_is_nan(device, vocab):
+    """Looking at the ids would wait for the device, so the row says it."""
+    if device.type == "cpu":
+        pytest.skip("a ValueError on the CPU")
+    t = inputs(4, 8, vocab, 3, torch.float32, device)
+    t["topk_ids"][1, 0], t["topk_ids"][2, 2] = vocab, -1
+    for tail in (True, False):
+        value, grads = run(
+            lambda tail=tail, **t: linear_topk_kl(**t, tail=tail, reduction="none"), t, ["student_hidden"]
+        )
+        assert value.isnan().tolist() == [False, True, True, False]
+        assert grads["student_hidden"].isnan().all(-1).tolist() == [False, True, True, False]
 
 
 def test_teacher_mass_above_one(device):
@@ -231,3 +295,19 @@ def test_not_twice_differentiable():
     student = t["student_hidden"].requires_grad_()
     with pytest.raises(RuntimeError, match="linear_topk_kl is not twice differentiable"):
         torch.autograd.grad(linear_topk_kl(**t), student, create_graph=True)
+
+
+def test_compiles(device):
+    t = inputs(5, 8, 33, 4, torch.float32, device)
+    compiled = torch.compile(linear_topk_kl, backend="aot_eager", fullgraph=True)
+    ours, grads = run(compiled, t, ["student_hidden", "weight"])
+    eager, eager_grads = run(linear_topk_kl, t, ["student_hidden", "weight"])
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(grads, eager_grads)
+
+
+def test_autocast_leaves_the_dtype_alone(device):
+    t = inputs(5, 8, 33, 4, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = linear_topk_kl(**t)
+    assert torch.equal(inside, linear_topk_kl(**t))

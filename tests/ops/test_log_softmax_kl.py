@@ -91,6 +91,24 @@ def test_opcheck(device, requires_grad):
     torch.library.opcheck(torch.ops.fastft.row_reduce.default, (values, weights, True))
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_fused_gradient_in_place(device, direction):
+    """The row op that the linear_* ops call: forward and gradient in one launch, over the student's logits."""
+    for dtype, vocab in ((torch.float32, 1013), (torch.bfloat16, 50272)):
+        tensors = inputs(3, vocab, dtype, device)
+        value, grads = run(
+            lambda **t: log_softmax_kl(**t, direction=direction, temperature=1.5, reduction="none"),
+            tensors,
+            ["student_logits"],
+        )
+        kl = torch.empty(3, device=device)
+        torch.ops.fastft.log_softmax_kl_rows(
+            tensors["student_logits"], tensors["teacher_logits"], None, kl, 1.5, direction, 0.5, True
+        )
+        assert torch.equal(kl, value)
+        torch.testing.assert_close(tensors["student_logits"], grads["student_logits"], rtol=1e-5, atol=1e-9)
+
+
 def test_row_op_schema(device):
     """The in-place row op writes what its schema says and nothing else."""
     dtype = torch.float64 if device.type == "cpu" else torch.float32
@@ -192,6 +210,28 @@ def test_a_row_of_weight_zero_is_not_read(device):
         assert value.isfinite().all()
         assert (grads["student_logits"][1:3] == 0).all()
     assert log_softmax_kl(**tensors, weights=torch.zeros(4, device=device)) == 0
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("vocab", [50257, 200_003])
+def test_large_vocabularies(device, direction, vocab):
+    """No multiple of anything; on a GPU rows that a cluster of blocks shares."""
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = inputs(2, vocab + 3, dtype, device)
+        check({k: v[:, 1 : vocab + 1] for k, v in wide.items()}, dtype, direction=direction)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 9), (2, 0, 9), (0, 1)])
+def test_empty_batches(device, shape):
+    for reduction in ("mean", "sum", "none"):
+        value, grads = run(
+            lambda reduction=reduction, **t: log_softmax_kl(**t, reduction=reduction),
+            {k: torch.empty(shape, device=device) for k in ("student_logits", "teacher_logits")},
+            ["student_logits"],
+        )
+        assert value.shape == (shape[:-1] if reduction == "none" else ())
+        assert (value == 0).all()
+        assert grads["student_logits"].shape == shape
 
 
 @settings(max_examples=40, deadline=None)
@@ -326,3 +366,10 @@ def test_compiles(device):
     eager, eager_grads = run(log_softmax_kl, tensors, ["student_logits"])
     assert torch.equal(ours, eager)
     assert torch.equal(grads["student_logits"], eager_grads["student_logits"])
+
+
+def test_autocast_leaves_the_dtype_alone(device):
+    tensors = inputs(5, 70, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = log_softmax_kl(**tensors)
+    assert torch.equal(inside, log_softmax_kl(**tensors))

@@ -7,13 +7,16 @@
 
 namespace fastft {
 
-// A kernel's launch configuration as the library would use it for rows of `vocab` elements.
+// A kernel's launch as the library makes it on the current device, for rows of OPT's vocabulary (50,272) in
+// bfloat16.
 struct LaunchConfiguration {
     const char* kernel;
-    int threads;        // per block; one block works on one row
-    int registers;      // per thread, of the bfloat16 instance on the current device; 0 without a device
-    int shared_bytes;   // static
-    int blocks_per_sm;  // resident; 0 without a device
+    int blocks;                     // that share a row
+    int threads;                    // of a block
+    int registers;                  // of a thread; 0 without a device, like what follows
+    int static_shared_bytes;        // of a block
+    int64_t dynamic_shared_bytes;   // of a block
+    int blocks_per_multiprocessor;  // resident
 };
 
 struct DeviceLimits {
@@ -21,7 +24,7 @@ struct DeviceLimits {
     int major, minor;
     int multiprocessors;
     int max_threads_per_block;
-    int64_t shared_bytes_per_block;
+    int64_t shared_bytes_per_block, shared_bytes_per_multiprocessor;
     int64_t l2_bytes;
     int64_t global_bytes;
 };

@@ -1,9 +1,12 @@
 // The mathematics of one row of logits, shared by every kernel of this project on every device.
 //
 // A row is seen by several lanes (SIMD lanes on the CPU, threads on the GPU). Each lane keeps a state,
-// updates it with the elements it sees, and states are merged in a fixed order at the end of the row.
-// Templates take V, "a value": float or double (scalar CPU code, CUDA threads) or a SIMD vector of floats
-// (cpu/vec.h). For V they need + - * /, fma_, max_, exp2_, log_, select_, and the comparisons > and >=.
+// updates it with the elements it sees, and states are merged in a fixed order at the end of the row: all
+// move to the largest of their maxima (`move_to`), then their sums are added (`add`). Both float and double
+// states merge; what the row is worth is computed from a double one, since float's log2 of a sum of thousands
+// is off by more than the KL of a student that is close to its teacher. Templates take V, "a value": float or
+// double (scalar CPU code, CUDA threads) or a SIMD vector of floats (cpu/vec.h). For V they need + - * /,
+// fma_, max_, exp2_, log_, select_, and the comparisons > and >=.
 //
 // Conventions
 //   c       = log2(e) / temperature, so softmax weights are exp2((x - max) * c); one multiplication for the
@@ -29,11 +32,27 @@ constexpr double kLn2 = 0.69314718055994530942;
 
 FASTFT_HD float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 FASTFT_HD double fma_(double a, double b, double c) { return fma(a, b, c); }
+FASTFT_HD double max_(double a, double b) { return a > b ? a : b; }
+FASTFT_HD double exp2_(double x) { return exp2(x); }
+#ifdef __CUDA_ARCH__
+// One instruction where the comparison below takes two; a NaN in either is kept.
+__device__ __forceinline__ float max_(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+// The instruction behind exp2f: the same 2 ulp where the result is a normal number, and 0 below 2^-126, as in
+// cpu/vec.h, where exp2f spends two more multiplications on subnormals.
+__device__ __forceinline__ float exp2_(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
 // A NaN in `a` is dropped, one in `b` is kept: call with the running value first.
 FASTFT_HD float max_(float a, float b) { return a > b ? a : b; }
-FASTFT_HD double max_(double a, double b) { return a > b ? a : b; }
 FASTFT_HD float exp2_(float x) { return exp2f(x); }
-FASTFT_HD double exp2_(double x) { return exp2(x); }
+#endif
 FASTFT_HD float log_(float x) { return logf(x); }
 FASTFT_HD double log_(double x) { return log(x); }
 FASTFT_HD float log2_(float x) { return log2f(x); }
@@ -41,6 +60,8 @@ FASTFT_HD double log2_(double x) { return log2(x); }
 FASTFT_HD float select_(bool m, float a, float b) { return m ? a : b; }
 FASTFT_HD double select_(bool m, double a, double b) { return m ? a : b; }
 FASTFT_HD bool any_(bool m) { return m; }
+FASTFT_HD bool any_nan_(float x) { return x != x; }
+FASTFT_HD bool any_nan_(double x) { return x != x; }
 
 // Constants of V's element type, and V from one number.
 template <class V>
@@ -77,6 +98,15 @@ struct RunningSum {
         carry = select_(lost >= lost, lost, ValueTraits<V>::splat(0));  // inf - inf must not become NaN
         sum = t;
     }
+    // Knuth's two-sum: unlike `add`, no less exact where b is the larger one.
+    FASTFT_HD void merge(const RunningSum& b) {
+        const V t = sum + b.sum;
+        const V b_part = t - sum;
+        const V lost = (sum - (t - b_part)) + (b.sum - b_part);
+        carry = carry + b.carry - select_(lost >= lost, lost, ValueTraits<V>::splat(0));
+        sum = t;
+    }
+    FASTFT_HD V value() const { return sum - carry; }
     FASTFT_HD void scale(V s) {
         // An infinite sum whose weight has become 0 must go: inf * 0 is NaN.
         const V zero = ValueTraits<V>::splat(0);
@@ -109,15 +139,22 @@ struct SoftmaxState {
         sum.add(block);
         max = m;
     }
+
+    // To a maximum that is no less than its own.
+    FASTFT_HD void move_to(V m, V c) {
+        sum.scale(exp2_((max - m) * c));
+        max = m;
+    }
+    // Another state with the same maximum.
+    FASTFT_HD void add(const SoftmaxState& b) { sum.merge(b.sum); }
 };
 
 template <class S>
-FASTFT_HD void merge(SoftmaxState<S>& a, const SoftmaxState<S>& b, S c) {
+FASTFT_HD void merge(SoftmaxState<S>& a, SoftmaxState<S> b, S c) {
     const S m = max_(a.max, b.max);
-    const S scale_b = exp2_((b.max - m) * c);
-    a.sum.scale(exp2_((a.max - m) * c));
-    a.sum.add((b.sum.sum - b.sum.carry) * scale_b);
-    a.max = m;
+    a.move_to(m, c);
+    b.move_to(m, c);
+    a.add(b);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -146,9 +183,9 @@ struct KlState {
         for (int k = 0; k < K; ++k) {
             const V e = exp2_((x[k] - m) * c);
             block_sum = block_sum + e;
-            // NaN (not 0) where x is NaN: the comparison is written so that NaN fails it.
-            block_dot = block_dot + select_(zero >= e, zero, e * (x[k] - y[k]));
+            block_dot = fma_(e, x[k] - y[k], block_dot);
         }
+        if (any_nan_(block_dot)) block_dot = masked_dot(x, y, m, c);
         if (any_(m > p.max)) {
             const V scale = exp2_((p.max - m) * c);
             p.sum.scale(scale);
@@ -158,19 +195,44 @@ struct KlState {
         dot.add(block_dot);
         p.max = m;
     }
+
+    // The same sum with 0 * inf = 0 and 0 * NaN = 0, for the few blocks with a -inf in them. NaN (not 0)
+    // where x is NaN: the comparison is written so that NaN fails it.
+    template <int K>
+    static FASTFT_HD V masked_dot(const V (&x)[K], const V (&y)[K], V m, V c) {
+        const V zero = ValueTraits<V>::splat(0);
+        V sum = zero;
+        for (int k = 0; k < K; ++k) {
+            const V e = exp2_((x[k] - m) * c);
+            sum = sum + select_(zero >= e, zero, e * (x[k] - y[k]));
+        }
+        return sum;
+    }
+
+    FASTFT_HD void move_to(V p_max, V q_max, V c) {
+        dot.scale(exp2_((p.max - p_max) * c));
+        p.move_to(p_max, c);
+        q.move_to(q_max, c);
+    }
+    FASTFT_HD void add(const KlState& b) {
+        p.add(b.p);
+        q.add(b.q);
+        dot.merge(b.dot);
+    }
 };
 
 template <class S>
-FASTFT_HD void merge(KlState<S>& a, const KlState<S>& b, S c) {
-    const S m = max_(a.p.max, b.p.max);
-    const S scale_a = exp2_((a.p.max - m) * c), scale_b = exp2_((b.p.max - m) * c);
-    a.dot.scale(scale_a);
-    if (scale_b > S(0)) a.dot.add((b.dot.sum - b.dot.carry) * scale_b);
-    a.p.sum.scale(scale_a);
-    a.p.sum.add((b.p.sum.sum - b.p.sum.carry) * scale_b);
-    a.p.max = m;
-    merge(a.q, b.q, c);
+FASTFT_HD void merge(KlState<S>& a, KlState<S> b, S c) {
+    const S p_max = max_(a.p.max, b.p.max), q_max = max_(a.q.max, b.q.max);
+    a.move_to(p_max, q_max, c);
+    b.move_to(p_max, q_max, c);
+    a.add(b);
 }
+
+// The same state in double.
+FASTFT_HD RunningSum<double> widen(const RunningSum<float>& a) { return {a.sum, a.carry}; }
+FASTFT_HD SoftmaxState<double> widen(const SoftmaxState<float>& a) { return {a.max, widen(a.sum)}; }
+FASTFT_HD KlState<double> widen(const KlState<float>& a) { return {widen(a.p), widen(a.q), widen(a.dot)}; }
 
 // What the gradient needs to know about a row. `log2_sum` is log2 of the softmax's sum, kept apart from max:
 // their sum would lose the digits of log2_sum where max is large.
@@ -181,7 +243,11 @@ struct RowStats {
 
 template <class S>
 FASTFT_HD RowStats<S> stats(const SoftmaxState<S>& a) {
-    return {a.max, log2_(a.sum.sum)};
+    return {a.max, log2_(a.sum.value())};
+}
+
+FASTFT_HD RowStats<float> narrow(const RowStats<double>& a) {
+    return {static_cast<float>(a.max), static_cast<float>(a.log2_sum)};
 }
 
 // log-sum-exp of x / T in nats.
@@ -192,9 +258,10 @@ FASTFT_HD S lse(const RowStats<S>& a, S c) {
 
 template <class S>
 FASTFT_HD S kl_value(const KlState<S>& a, S c) {
+    const S p_sum = a.p.sum.value(), q_sum = a.q.sum.value();
     // The difference of the two log-sum-exps, large parts first.
-    const S lse_difference = ((a.p.max - a.q.max) * c + (log2_(a.p.sum.sum) - log2_(a.q.sum.sum))) * S(kLn2);
-    return a.dot.sum / a.p.sum.sum * c * S(kLn2) - lse_difference;
+    const S lse_difference = ((a.p.max - a.q.max) * c + (log2_(p_sum) - log2_(q_sum))) * S(kLn2);
+    return a.dot.value() / p_sum * c * S(kLn2) - lse_difference;
 }
 
 // log2 of the softmax probability of x.
@@ -224,33 +291,40 @@ FASTFT_HD V reverse_kl_grad(V log2_ps, V log2_pt, V kl, V scale) {
 
 // The two parts of the generalised Jensen-Shannon divergence at one element:
 //   t = P_t log(P_t / M),  s = P_s log(P_s / M),  M = beta P_t + (1 - beta) P_s.
-// With r = P_s / P_t, M / P_t = beta + (1 - beta) r, and likewise for s: no logarithm of a tiny M.
+// Both logarithms come from one, of M over the larger of the two: with e the smaller over the larger,
+//   log(larger / M) = -log(w + w' e),  log(smaller / M) = log e - log(w + w' e),
+// which neither divides nor takes the logarithm of a tiny M.
 template <class V>
 struct JsdTerms {
     V t, s;
 };
 
 template <class V>
-FASTFT_HD V log_student_over_mixture(V ps, V pt, V beta) {
-    const V zero = ValueTraits<V>::splat(0), one = ValueTraits<V>::splat(1);
-    return zero - log_(fma_(beta, pt / ps, one - beta));
-}
-
-template <class V>
 FASTFT_HD JsdTerms<V> jsd_terms(V log2_ps, V log2_pt, V beta) {
     const V zero = ValueTraits<V>::splat(0), one = ValueTraits<V>::splat(1);
-    const V ps = exp2_(log2_ps), pt = exp2_(log2_pt);
-    const V log_t = zero - log_(fma_(one - beta, ps / pt, beta));
-    return {select_(zero >= pt, zero, pt * log_t),
-            select_(zero >= ps, zero, ps * log_student_over_mixture(ps, pt, beta))};
+    const V ln2 = ValueTraits<V>::splat(ScalarOf<V>(kLn2));
+    // exp2 of this is 0 in float and double, and 0 times it is 0, which 0 times -inf is not.
+    const V lowest_log2 = ValueTraits<V>::splat(-1100);
+    log2_ps = max_(lowest_log2, log2_ps);
+    log2_pt = max_(lowest_log2, log2_pt);
+    const V difference = log2_ps - log2_pt;
+    const auto student_larger = difference >= zero;
+    const V log2_e = select_(student_larger, zero - difference, difference);
+    const V larger = exp2_(select_(student_larger, log2_ps, log2_pt)), e = exp2_(log2_e);
+    const V weight = select_(student_larger, one - beta, beta);
+    const V log_larger = zero - log_(fma_(one - weight, e, weight));
+    const V at_larger = larger * log_larger, at_smaller = larger * e * fma_(log2_e, ln2, log_larger);
+    return {select_(student_larger, at_smaller, at_larger), select_(student_larger, at_larger, at_smaller)};
 }
 
 // (1 - beta) P_s (log(P_s / M) - KL(P_s || M)); the factor (1 - beta) belongs to `scale`.
 template <class V>
 FASTFT_HD V jsd_grad(V log2_ps, V log2_pt, V kl_student, V beta, V scale) {
-    const V zero = ValueTraits<V>::splat(0);
-    const V ps = exp2_(log2_ps), pt = exp2_(log2_pt);
-    return select_(zero >= ps, zero, scale * ps * (log_student_over_mixture(ps, pt, beta) - kl_student));
+    const V zero = ValueTraits<V>::splat(0), one = ValueTraits<V>::splat(1);
+    const V ps = exp2_(log2_ps);
+    // No overflow where P_s counts: it is a normal number then, and P_t / P_s at most 2^126.
+    const V log_mixture = log_(fma_(beta, exp2_(log2_pt - log2_ps), one - beta));
+    return select_(zero >= ps, zero, zero - scale * ps * (log_mixture + kl_student));
 }
 
 }  // namespace FASTFT_TARGET
