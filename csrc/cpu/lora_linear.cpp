@@ -166,13 +166,17 @@ inline int64_t last_word(int64_t end, int64_t n) {
     return smaller(2 * end / depth<T>(), (n + depth<T>() - 1) / depth<T>());
 }
 
+constexpr int64_t kLine = 64;  // bytes
+
 // sums[m][v] += row m of x, an [kRows, n] matrix, times a packed matrix of vectors v. With few sums there are
-// kChains of each, taking turns, for a multiplication to begin before the one before it has ended.
-template <class T, int kRows, int kVectors, int kChains>
+// kChains of each, taking turns, for a multiplication to begin before the one before it has ended. kAhead:
+// the rows that follow are prefetched; rows often end at a page's end, where the hardware's own prefetching
+// stops.
+template <class T, int kRows, int kVectors, int kChains, bool kAhead>
 inline void multiply(const T* x, int64_t x_stride, int64_t n, const Word<T>* packed, int64_t packed_stride,
                      Value<T> (&sums)[kRows][kVectors]) {
     using D = Dot<T>;
-    constexpr int64_t L = lanes<T>();
+    constexpr int64_t L = lanes<T>(), kLineWords = kLine / static_cast<int64_t>(sizeof(T) * D::kDepth);
     const auto step = [&](int64_t w, auto broadcast, Value<T>(&to)[kRows][kVectors]) {
         Operand<T> p[kVectors];
         for (int v = 0; v < kVectors; ++v) p[v] = D::load_words(packed + w * packed_stride + v * L);
@@ -191,6 +195,9 @@ inline void multiply(const T* x, int64_t x_stride, int64_t n, const Word<T>* pac
         }
     }
     for (; w + kChains <= whole; w += kChains) {
+        if (kAhead && w % kLineWords == 0) {
+            for (int m = 0; m < kRows; ++m) __builtin_prefetch(x + (m + kRows) * x_stride + w * D::kDepth);
+        }
         step(w, inside, sums);
         for (int c = 1; c < kChains; ++c) step(w + c, inside, chains[c]);
     }
@@ -278,7 +285,7 @@ void down_tile(const LoraDownArgs& args, int64_t m, int64_t j) {
     for (int i = 0; i < kRowsHere; ++i) {
         for (int v = 0; v < kVectors; ++v) sums[i][v] = ValueTraits<V>::splat(0);
     }
-    multiply<T, kRowsHere, kVectors, kVectors == 1 ? 2 : 1>(
+    multiply<T, kRowsHere, kVectors, kVectors == 1 ? 2 : 1, true>(
         static_cast<const T*>(args.x) + m * args.x_stride, args.x_stride, args.K,
         static_cast<const Word<T>*>(args.packed_a) + j, padded, sums);
     const V scaling = ValueTraits<V>::splat(ScalarOf<V>(args.scaling));
@@ -324,9 +331,9 @@ inline void up_tile(const LoraUpArgs& args, int64_t m, int64_t n, T* y, int64_t 
     for (int i = 0; i < kRowsHere; ++i) {
         for (int v = 0; v < kVectors; ++v) sums[i][v] = load_value(y + i * y_stride + v * L);
     }
-    multiply<T, kRowsHere, kVectors, 1>(static_cast<const T*>(args.u) + m * args.u_stride, args.u_stride,
-                                        args.r, static_cast<const Word<T>*>(args.packed_b) + n,
-                                        round_up(args.N, kLoraColumns), sums);
+    multiply<T, kRowsHere, kVectors, 1, false>(
+        static_cast<const T*>(args.u) + m * args.u_stride, args.u_stride, args.r,
+        static_cast<const Word<T>*>(args.packed_b) + n, round_up(args.N, kLoraColumns), sums);
     for (int i = 0; i < kRowsHere; ++i) {
         for (int v = 0; v < kVectors; ++v) store_value(y + i * y_stride + v * L, sums[i][v]);
     }
@@ -387,9 +394,8 @@ void load_block(const LoraOuterArgs& args, int64_t m, int64_t rows, int64_t n, O
         for (int t = 0; t < D::kDepth; ++t) {
             from[t] = y + (i + t) * args.y_stride;
             // The next columns of this row: too short a piece for the hardware to foresee.
-            __builtin_prefetch(from[t] + kLoraColumns);
-            if constexpr (sizeof(T) * kLoraColumns > 64) {
-                __builtin_prefetch(from[t] + kLoraColumns + 64 / sizeof(T));
+            for (int64_t c = 0; c < kLoraColumns; c += kLine / static_cast<int64_t>(sizeof(T))) {
+                __builtin_prefetch(from[t] + kLoraColumns + c);
             }
         }
         load_row(from);
