@@ -187,11 +187,16 @@ struct KernelEntry {
     const char* name;
     const void* function;  // the bfloat16 instance
     int threads;           // for a vocabulary of 50272
+    int dynamic_shared_bytes = 0;
 };
 KernelEntry log_softmax_kl_entry();
 KernelEntry log_softmax_kl_backward_entry();
 KernelEntry topk_kl_entry();
 KernelEntry cross_entropy_entry();
+KernelEntry lora_down_entry();
+KernelEntry lora_outer_entry();
+KernelEntry lora_combine_entry();
+KernelEntry lora_up_entry();
 KernelEntry row_reduce_entry();
 KernelEntry adamw_norm_entry();
 KernelEntry adamw_update_entry();

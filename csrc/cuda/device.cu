@@ -48,6 +48,8 @@ bool device_limits(int device, DeviceLimits* out) {
 int launch_configurations(LaunchConfiguration* out, int capacity) {
     const KernelEntry kernels[] = {log_softmax_kl_entry(), log_softmax_kl_backward_entry(),
                                    topk_kl_entry(),        cross_entropy_entry(),
+                                   lora_down_entry(),      lora_outer_entry(),
+                                   lora_combine_entry(),   lora_up_entry(),
                                    row_reduce_entry(),     adamw_norm_entry(),
                                    adamw_update_entry(),   adamw_update_8bit_entry()};
     const bool device = device_count() > 0;
@@ -58,9 +60,11 @@ int launch_configurations(LaunchConfiguration* out, int capacity) {
         cudaFuncAttributes attributes;
         if (device && cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess) {
             configuration.registers = attributes.numRegs;
-            configuration.shared_bytes = static_cast<int>(attributes.sharedSizeBytes);
+            const int dynamic = kernel.dynamic_shared_bytes;
+            configuration.shared_bytes = static_cast<int>(attributes.sharedSizeBytes) + dynamic;
+            cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic);
             cudaOccupancyMaxActiveBlocksPerMultiprocessor(&configuration.blocks_per_sm, kernel.function,
-                                                          kernel.threads, 0);
+                                                          kernel.threads, static_cast<size_t>(dynamic));
         }
         cudaGetLastError();
         out[n++] = configuration;
