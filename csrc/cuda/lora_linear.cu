@@ -21,10 +21,17 @@ namespace {
 namespace wmma = nvcuda::wmma;
 
 constexpr int kThreads = 128;
-// The 1: see FASTFT_ROW_KERNEL.
-#define FASTFT_LORA_KERNEL __launch_bounds__(kThreads, 1)
-constexpr int kStages = 3;
+// Blocks on a multiprocessor that registers must allow: as many as an H200's shared memory does, or as come
+// without spilling.
+template <int kRanks>
+constexpr int kSplitBlocks = kRanks == 16 ? 3 : 2;
+template <class T>
+constexpr int kUpBlocks = sizeof(T) == 2 ? 4 : 2;
+// Tiles that are in shared memory or on their way to it at once.
+constexpr int kSplitStages = 3;
+constexpr int kUpStages = 2;
 constexpr int kUpRows = 64;   // of a block's tile of y
+constexpr int kUpSlab = 32;   // of them, added at once
 constexpr int kUpDepth = 16;  // of r at once
 
 // Elements in 16 bytes; also the padding of a row in shared memory, which spreads a column over the banks.
@@ -115,7 +122,7 @@ class Sums {
         using LargeOrder = std::conditional_t<kLargeRows, wmma::row_major, wmma::col_major>;
         using SmallOrder = std::conditional_t<kSmallRows, wmma::col_major, wmma::row_major>;
         const int first = static_cast<int>(threadIdx.x) / kWarp * 32;
-#pragma unroll
+#pragma unroll 1  // or the tiles of all steps are loaded ahead, and registers spill
         for (int d = 0; d < kDeep; d += 16) {
             wmma::fragment<wmma::matrix_a, 16, 16, 16, T, LargeOrder> a[2];
 #pragma unroll
@@ -132,22 +139,18 @@ class Sums {
         }
     }
 
-    // (i, j) to out[i * stride + j], or with i along the rows to out[j * stride + i].
-    __device__ __forceinline__ void store(float* out, int stride, bool ranks_first) const {
-        const int first = static_cast<int>(threadIdx.x) / kWarp * 32;
+    // (i, j) of kCount j to out[i * stride + j - first_j], or with i along the rows to
+    // out[(j - first_j) * stride + i].
+    template <int kCount>
+    __device__ __forceinline__ void store(float* out, int stride, bool ranks_first, int first_j) const {
+        const int first_i = static_cast<int>(threadIdx.x) / kWarp * 32;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-#pragma unroll
-            for (int j = 0; j < kRanks / 16; ++j) {
-                const int at = first + i * 16;
-                if (ranks_first) {
-                    wmma::store_matrix_sync(out + at * stride + j * 16, sums_[i][j], stride,
-                                            wmma::mem_row_major);
-                } else {
-                    wmma::store_matrix_sync(out + j * 16 * stride + at, sums_[i][j], stride,
-                                            wmma::mem_col_major);
-                }
-            }
+        for (int n = 0; n < 2 * kRanks / 16; ++n) {
+            const int i = first_i + n % 2 * 16, j = n / 2 * 16 - first_j;
+            if (j < 0 || j >= kCount) continue;
+            float* to = out + (ranks_first ? i * stride + j : j * stride + i);
+            wmma::store_matrix_sync(to, sums_[n % 2][n / 2], stride,
+                                    ranks_first ? wmma::mem_row_major : wmma::mem_col_major);
         }
     }
 
@@ -178,17 +181,21 @@ class Sums<float, kRanks> {
         }
     }
 
-    __device__ __forceinline__ void store(float* out, int stride, bool ranks_first) const {
+    template <int kCount>
+    __device__ __forceinline__ void store(float* out, int stride, bool ranks_first, int first_j) const {
         const int i = static_cast<int>(threadIdx.x);
 #pragma unroll
-        for (int j = 0; j < kRanks; ++j) out[ranks_first ? i * stride + j : j * stride + i] = sums_[j];
+        for (int n = 0; n < kRanks; ++n) {
+            const int j = n - first_j;
+            if (j >= 0 && j < kCount) out[ranks_first ? i * stride + j : j * stride + i] = sums_[n];
+        }
     }
 
   private:
     float sums_[kRanks] = {};
 };
 
-template <class T, int kRanks, int kDeep, bool kLargeRows, bool kSmallRows>
+template <class T, int kRanks, int kDeep, int kStages, bool kLargeRows, bool kSmallRows>
 struct Pipeline {
     using LargeTile = Tile<T, kLoraTile, kDeep, kLargeRows>;
     using SmallTile = Tile<T, kRanks, kDeep, kSmallRows>;
@@ -225,88 +232,86 @@ struct Pipeline {
 
 extern __shared__ __align__(128) char dynamic_shared[];
 
+template <class T, int kRanks, bool kLargeRows, bool kSmallRows>
+using SplitPipeline = Pipeline<T, kRanks, kDepth<T>, kSplitStages, kLargeRows, kSmallRows>;
+
 // The sums of one split over one block's (i, j). Grid: plan.blocks(), plan.splits.
 template <class T, int kRanks, bool kLargeRows, bool kSmallRows>
-__global__ void FASTFT_LORA_KERNEL lora_split_kernel(Operand<const T> large, Operand<const T> small,
-                                                     LoraPlan plan, float* scratch) {
+__global__ void __launch_bounds__(kThreads, kSplitBlocks<kRanks>)
+    lora_split_kernel(Operand<const T> large, Operand<const T> small, LoraPlan plan, float* scratch) {
     Sums<T, kRanks> sums;
-    Pipeline<T, kRanks, kDepth<T>, kLargeRows, kSmallRows>::run(
+    SplitPipeline<T, kRanks, kLargeRows, kSmallRows>::run(
         sums, large, small, plan.first_i(blockIdx.x), plan.first_j(blockIdx.x), plan.first_d(blockIdx.y),
         plan.last_d(blockIdx.y), reinterpret_cast<T*>(dynamic_shared));
-    sums.store(scratch + plan.scratch_index(blockIdx.y, blockIdx.x), plan.scratch_stride(), plan.ranks_first);
+    sums.template store<kRanks>(scratch + plan.scratch_index(blockIdx.y, blockIdx.x), plan.scratch_stride(),
+                                plan.ranks_first, 0);
 }
 
 // out(i, j) = scaling * the sum of its splits.
 template <class T>
-__global__ void FASTFT_LORA_KERNEL lora_combine_kernel(LoraPlan plan, const float* scratch, float scaling,
-                                                       T* out, int64_t i_stride, int64_t j_stride) {
+__global__ void __launch_bounds__(kThreads)
+    lora_combine_kernel(LoraPlan plan, const float* scratch, float scaling, T* out, int64_t i_stride,
+                        int64_t j_stride) {
     const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     const LoraPlace at = lora_place(plan, index);
     if (at.i >= plan.length || at.j >= plan.r) return;
     from_float(scaling * lora_combine(plan, scratch, index), out + at.i * i_stride + at.j * j_stride);
 }
 
+// Shared memory of lora_up: the tile of y, then the operands' tiles, whose place a slab of the product takes.
 template <class T, bool kSmallRows>
 struct Up {
-    using Product = Pipeline<T, kUpRows, kUpDepth, kSmallRows, true>;
-    static constexpr int kStride = kLoraTile + 4;  // of the product, float [kUpRows, kStride]
-    static constexpr int kProductBytes = kUpRows * kStride * 4;
-    static constexpr int kBytes = Product::kBytes > kProductBytes ? Product::kBytes : kProductBytes;
+    using YTile = Tile<T, kUpRows, kLoraTile, true>;
+    using Product = Pipeline<T, kUpRows, kUpDepth, kUpStages, kSmallRows, true>;
+    static constexpr int kSlabStride = kLoraTile + kVector<float>;  // of float [kUpSlab, kLoraTile]
+    static constexpr int kSlabBytes = kUpSlab * kSlabStride * static_cast<int>(sizeof(float));
+    static constexpr int kYBytes = YTile::kSize * static_cast<int>(sizeof(T));
+    static constexpr int kBytes = kYBytes + (Product::kBytes > kSlabBytes ? Product::kBytes : kSlabBytes);
+    static_assert(kYBytes % 32 == 0, "see Pipeline");
 };
 
 // y(j, i) += sum_d b(i, d) u(j, d): kUpRows rows of y and kLoraTile columns for each block.
 template <class T, bool kSmallRows>
-__global__ void FASTFT_LORA_KERNEL lora_up_kernel(Operand<T> y, Operand<const T> b, Operand<const T> u,
-                                                  int64_t column_tiles, int64_t r) {
+__global__ void __launch_bounds__(kThreads, kUpBlocks<T>)
+    lora_up_kernel(Operand<T> y, Operand<const T> b, Operand<const T> u, int64_t column_tiles) {
     using Shape = Up<T, kSmallRows>;
+    using YTile = typename Shape::YTile;
     const int64_t row = blockIdx.x / column_tiles * kUpRows, column = blockIdx.x % column_tiles * kLoraTile;
-    constexpr int kPieces = kUpRows * kLoraTile / kVector<T> / kThreads;
-    const auto piece_of = [&](int n) {
-        return tile_piece<kLoraTile, kVector<T>>(n * kThreads + static_cast<int>(threadIdx.x), y.rows - row,
-                                                 y.columns - column);
-    };
-    const auto address = [&](const TilePiece& piece) {
-        return y.data + (row + piece.row) * y.row_stride + column + piece.column;
-    };
+    T* before = reinterpret_cast<T*>(dynamic_shared);
+    char* rest = dynamic_shared + Shape::kYBytes;
 
-    Piece<T> before[kPieces];  // on its way while the product is computed
-#pragma unroll
-    for (int n = 0; n < kPieces; ++n) {
-        const TilePiece piece = piece_of(n);
-        const T* from = address(piece);
-        if (y.aligned && piece.inside == kVector<T>) {
-            before[n].words = *reinterpret_cast<const uint4*>(from);
-        } else {
-#pragma unroll
-            for (int k = 0; k < kVector<T>; ++k) {
-                if (k < piece.inside) before[n].elements[k] = from[k];
-            }
-        }
-    }
-
+    // Part of the product's first group of copies, so it is there when the product is.
+    YTile::load({y.data, y.rows, y.columns, y.row_stride, y.column_stride, y.aligned}, row, column, before);
     Sums<T, kUpRows> sums;
-    Shape::Product::run(sums, b, u, column, row, 0, r, reinterpret_cast<T*>(dynamic_shared));
-    __syncthreads();  // the product takes the place of the operands' tiles
-    float* product = reinterpret_cast<float*>(dynamic_shared);
-    sums.store(product, Shape::kStride, false);
-    __syncthreads();
+    Shape::Product::run(sums, b, u, column, row, 0, u.columns, reinterpret_cast<T*>(rest));
 
+    float* product = reinterpret_cast<float*>(rest);
 #pragma unroll
-    for (int n = 0; n < kPieces; ++n) {
-        const TilePiece piece = piece_of(n);
-        T* to = address(piece);
-        const float* add = product + piece.row * Shape::kStride + piece.column;
-        Piece<T> after;
+    for (int slab = 0; slab < kUpRows; slab += kUpSlab) {
+        __syncthreads();  // what is there has been read
+        sums.template store<kUpSlab>(product, Shape::kSlabStride, false, slab);
+        __syncthreads();
+        constexpr int kPieces = kUpSlab * kLoraTile / kVector<T>;
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) {
-            from_float(to_float(before[n].elements[k]) + add[k], &after.elements[k]);
-        }
-        if (y.aligned && piece.inside == kVector<T>) {
-            *reinterpret_cast<uint4*>(to) = after.words;
-        } else {
+        for (int n = 0; n < kPieces / kThreads; ++n) {
+            const TilePiece piece = tile_piece<kLoraTile, kVector<T>>(
+                n * kThreads + static_cast<int>(threadIdx.x), y.rows - row - slab, y.columns - column);
+            const float* add = product + piece.row * Shape::kSlabStride + piece.column;
+            Piece<T> sum;
+            sum.words =
+                *reinterpret_cast<const uint4*>(before + YTile::index(slab + piece.row, piece.column));
 #pragma unroll
             for (int k = 0; k < kVector<T>; ++k) {
-                if (k < piece.inside) to[k] = after.elements[k];
+                from_float(to_float(sum.elements[k]) + add[k], &sum.elements[k]);
+            }
+            T* to = y.data + (row + slab + piece.row) * y.row_stride + column + piece.column;
+            if (y.aligned && piece.inside == kVector<T>) {
+                *reinterpret_cast<uint4*>(to) = sum.words;
+            } else {
+#pragma unroll
+                for (int k = 0; k < kVector<T>; ++k) {
+                    if (k < piece.inside) to[k] = sum.elements[k];
+                }
             }
         }
     }
@@ -358,7 +363,7 @@ void launch_product(const char* name, const Operand<const T>& large, const Opera
                     int64_t j_stride, cudaStream_t stream) {
     const auto run = [&](auto ranks) {
         constexpr int kRanks = decltype(ranks)::value;
-        constexpr int kBytes = Pipeline<T, kRanks, kDepth<T>, kLargeRows, kSmallRows>::kBytes;
+        constexpr int kBytes = SplitPipeline<T, kRanks, kLargeRows, kSmallRows>::kBytes;
         const auto kernel = &lora_split_kernel<T, kRanks, kLargeRows, kSmallRows>;
         check(name, large.rows, large.columns, plan.r, allow_shared(kernel, kBytes));
         const dim3 grid(grid_of(name, plan.blocks()), static_cast<unsigned>(plan.splits));
@@ -419,20 +424,19 @@ void lora_up_cuda(const LoraUpArgs& args, cudaStream_t stream) {
             kernel<<<grid_of(name, column_tiles * ceil_div(args.M, kUpRows)), kThreads, kBytes, stream>>>(
                 operand(static_cast<T*>(args.y), args.M, args.N, args.y_stride, 1),
                 small_operand<T>(args.b, args.N, args.r),
-                operand(static_cast<const T*>(args.u), args.M, args.r, args.u_stride, 1), column_tiles,
-                args.r);
+                operand(static_cast<const T*>(args.u), args.M, args.r, args.u_stride, 1), column_tiles);
         });
     });
     check(name, args.M, args.N, args.r, cudaGetLastError());
 }
 
 KernelEntry lora_down_entry() {
-    constexpr int kBytes = Pipeline<__nv_bfloat16, 16, kDepth<__nv_bfloat16>, true, true>::kBytes;
+    constexpr int kBytes = SplitPipeline<__nv_bfloat16, 16, true, true>::kBytes;
     const auto kernel = &lora_split_kernel<__nv_bfloat16, 16, true, true>;
     return {"lora_down", reinterpret_cast<const void*>(kernel), kThreads, kBytes};
 }
 KernelEntry lora_outer_entry() {
-    constexpr int kBytes = Pipeline<__nv_bfloat16, 16, kDepth<__nv_bfloat16>, false, false>::kBytes;
+    constexpr int kBytes = SplitPipeline<__nv_bfloat16, 16, false, false>::kBytes;
     const auto kernel = &lora_split_kernel<__nv_bfloat16, 16, false, false>;
     return {"lora_outer", reinterpret_cast<const void*>(kernel), kThreads, kBytes};
 }
