@@ -54,6 +54,14 @@ struct Operand {
     bool aligned;  // pieces may be accessed as 16 bytes
 };
 
+// 16 bytes to shared memory: `bytes` of them from `source`, then zeros. Nothing else of `source` is read.
+__device__ __forceinline__ void copy_async(void* target, const void* source, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(target))),
+                 "l"(source), "r"(bytes)
+                 : "memory");
+}
+
 // A tile of one operand in shared memory: kSide of i or j by kDeep of d, d along the rows or down the
 // columns.
 template <class T, int kSide, int kDeep, bool kDeepRows>
@@ -73,31 +81,36 @@ struct Tile {
         constexpr int kPieces = kRows * kColumns / kVector<T>;
         static_assert(kPieces % kThreads == 0, "every thread copies as many");
         const int64_t row = kDeepRows ? side : d, column = kDeepRows ? d : side;
-#pragma unroll
-        for (int n = 0; n < kPieces / kThreads; ++n) {
+        // f(piece, its first element in the operand, its place in the tile)
+        const auto with_piece = [&](int n, auto&& f) {
             const TilePiece piece = tile_piece<kColumns, kVector<T>>(
                 n * kThreads + static_cast<int>(threadIdx.x), from.rows - row, from.columns - column);
-            const T* source = from.data + (row + piece.row) * from.row_stride +
-                              (column + piece.column) * from.column_stride;
-            T* target = to + piece.row * kStride + piece.column;
-            if (from.aligned) {
-                // Of the 16 bytes only those inside are read; nothing is read where none is.
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                                 static_cast<uint32_t>(__cvta_generic_to_shared(target))),
-                             "l"(piece.inside > 0 ? source : from.data),
-                             "r"(piece.inside * static_cast<int>(sizeof(T)))
-                             : "memory");
-            } else {
-                Piece<T> x;
+            f(piece.inside,
+              from.data + (row + piece.row) * from.row_stride + (column + piece.column) * from.column_stride,
+              to + piece.row * kStride + piece.column);
+        };
+        if (from.aligned) {
 #pragma unroll
-                for (int k = 0; k < kVector<T>; ++k) {
-                    if (k < piece.inside) {
-                        x.elements[k] = source[k * from.column_stride];
-                    } else {
-                        from_float(0, &x.elements[k]);
+            for (int n = 0; n < kPieces / kThreads; ++n) {
+                with_piece(n, [&](int inside, const T* source, T* target) {
+                    copy_async(target, inside > 0 ? source : from.data, inside * static_cast<int>(sizeof(T)));
+                });
+            }
+        } else {
+#pragma unroll 1  // unrolled it costs the registers that keep other blocks running
+            for (int n = 0; n < kPieces / kThreads; ++n) {
+                with_piece(n, [&](int inside, const T* source, T* target) {
+                    Piece<T> x;
+#pragma unroll
+                    for (int k = 0; k < kVector<T>; ++k) {
+                        if (k < inside) {
+                            x.elements[k] = source[k * from.column_stride];
+                        } else {
+                            from_float(0, &x.elements[k]);
+                        }
                     }
-                }
-                *reinterpret_cast<uint4*>(target) = x.words;
+                    *reinterpret_cast<uint4*>(target) = x.words;
+                });
             }
         }
     }
