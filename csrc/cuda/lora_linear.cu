@@ -1,9 +1,12 @@
-// lora_linear on CUDA. All three kernels are bound by memory: the large operand passes once through shared
-// memory (for each 64 of r), three tiles deep, and the tensor cores multiply it there; float32 is multiplied
-// by plain FMA. No atomics: each sum has one owner, and splits of a sum are added in their order.
+// lora_linear on CUDA. Bound by memory: tiles of the large operand pass through shared memory by asynchronous
+// copies and are multiplied there, by tensor cores or in float32 by plain FMA. lora_tiles.h says which block
+// has which tile. No atomics: splits of a sum are added in their order, so two runs agree bit for bit.
 //
-// Predicted on an H200 (4.3 TB/s), 16-bit, r 16, M 8192 and K = N = 8192: lora_down and lora_outer read 134
-// MB, 31 us; lora_up reads and writes 268 MB, 62 us. The second launch of the first two adds about 2 us.
+// Predicted, not measured: bytes / 4.3 TB/s on an H200, 16-bit, r 16.
+//   M 2048  K, N 7168   lora_down, lora_outer read 29 MB, 7 us;    lora_up reads and writes 59 MB, 14 us
+//   M 8192  K, N 8192   lora_down, lora_outer read 134 MB, 31 us;  lora_up reads and writes 268 MB, 62 us
+// and about 2 us for the second launch of lora_down and lora_outer. In one launch a ticket of the last block
+// would need a counter that is zero, which scratch is not: a memset costs a launch as well.
 #include "fastft/lora_linear.h"
 
 #include <cuda_pipeline.h>
