@@ -51,6 +51,11 @@ for dtype in (torch.float32, torch.bfloat16):
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.ones_like(p)
         optimizer.step()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for M, K, N, r in ((1, 1, 1, 1), (65, 130, 129, 16), (300, 1100, 72, 20), (64, 128, 256, 64)):
+        x, w, A, B = (torch.randn(s, device="cuda").to(dtype) for s in ((M, K + 3), (N, K), (r, K), (N, r)))
+        leaves = [x[:, 1 : K + 1].requires_grad_(), A.requires_grad_(), B.requires_grad_()]
+        ops.lora_linear(leaves[0], w, *leaves[1:], 0.5, form="kernels").sum().backward()
 torch.cuda.synchronize()
 print("done")
 """

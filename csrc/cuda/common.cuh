@@ -226,16 +226,21 @@ struct KernelEntry {
 };
 constexpr int64_t kReportedVocab = 50272;
 // Of a kernel whose blocks do not share rows.
-inline RowLaunch plain_launch(int threads) {
+inline RowLaunch plain_launch(int threads, int64_t dynamic_shared_bytes = 0) {
     RowLaunch launch{};
     launch.blocks = 1;
     launch.threads = threads;
+    launch.shared_bytes = dynamic_shared_bytes;
     return launch;
 }
 KernelEntry log_softmax_kl_entry(const RowLimits& limits);
 KernelEntry log_softmax_kl_backward_entry();
 KernelEntry topk_kl_entry(const RowLimits& limits);
 KernelEntry cross_entropy_entry(const RowLimits& limits);
+KernelEntry lora_down_entry();
+KernelEntry lora_outer_entry();
+KernelEntry lora_combine_entry();
+KernelEntry lora_up_entry();
 KernelEntry row_reduce_entry();
 KernelEntry dequantise_4bit_entry();
 KernelEntry dequantise_8bit_entry();

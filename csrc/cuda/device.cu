@@ -63,11 +63,20 @@ RowLimits current_row_limits() {
 int launch_configurations(LaunchConfiguration* out, int capacity) {
     const bool device = device_count() > 0;
     const RowLimits limits = device ? current_row_limits() : RowLimits{1, 0, 0};
-    const KernelEntry kernels[] = {log_softmax_kl_entry(limits), log_softmax_kl_backward_entry(),
-                                   topk_kl_entry(limits),        cross_entropy_entry(limits),
-                                   row_reduce_entry(),           adamw_norm_entry(),
-                                   adamw_update_entry(),         adamw_update_8bit_entry(),
-                                   dequantise_4bit_entry(),      dequantise_8bit_entry()};
+    const KernelEntry kernels[] = {log_softmax_kl_entry(limits),
+                                   log_softmax_kl_backward_entry(),
+                                   topk_kl_entry(limits),
+                                   cross_entropy_entry(limits),
+                                   row_reduce_entry(),
+                                   adamw_norm_entry(),
+                                   adamw_update_entry(),
+                                   adamw_update_8bit_entry(),
+                                   dequantise_4bit_entry(),
+                                   dequantise_8bit_entry(),
+                                   lora_down_entry(),
+                                   lora_outer_entry(),
+                                   lora_combine_entry(),
+                                   lora_up_entry()};
     int n = 0;
     for (const KernelEntry& kernel : kernels) {
         if (n == capacity) break;
@@ -76,6 +85,8 @@ int launch_configurations(LaunchConfiguration* out, int capacity) {
         cudaFuncAttributes attributes;
         if (device && cudaFuncGetAttributes(&attributes, kernel.function) == cudaSuccess) {
             configuration.registers = attributes.numRegs;
+            cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(kernel.launch.shared_bytes));
             configuration.static_shared_bytes = static_cast<int>(attributes.sharedSizeBytes);
             cudaOccupancyMaxActiveBlocksPerMultiprocessor(&configuration.blocks_per_multiprocessor,
                                                           kernel.function, kernel.launch.threads,

@@ -4,6 +4,7 @@
 #include "fastft/cross_entropy.h"
 #include "fastft/cuda_device.h"
 #include "fastft/log_softmax_kl.h"
+#include "fastft/lora_linear.h"
 #include "fastft/row_reduce.h"
 #include "fastft/topk_kl.h"
 #include "util.h"
@@ -35,6 +36,9 @@ void log_softmax_kl_cuda(const LogSoftmaxKlArgs&, cudaStream_t) { no_cuda(); }
 void log_softmax_kl_backward_cuda(const LogSoftmaxKlBackwardArgs&, cudaStream_t) { no_cuda(); }
 void topk_kl_cuda(const TopkKlArgs&, cudaStream_t) { no_cuda(); }
 void cross_entropy_cuda(const CrossEntropyArgs&, cudaStream_t) { no_cuda(); }
+void lora_down_cuda(const LoraDownArgs&, cudaStream_t) { no_cuda(); }
+void lora_up_cuda(const LoraUpArgs&, cudaStream_t) { no_cuda(); }
+void lora_outer_cuda(const LoraOuterArgs&, cudaStream_t) { no_cuda(); }
 void bias_adamw_cuda(const AdamWArgs&, cudaStream_t) { no_cuda(); }
 void row_reduce_cuda(const RowReduceArgs&, cudaStream_t) { no_cuda(); }
 #endif

@@ -1,9 +1,10 @@
-// lora_linear: unpacks tensors, allocates the packed forms and calls the kernels.
+// lora_linear: unpacks tensors, allocates packed forms and scratch and calls the kernels.
 #include "fastft/lora_linear.h"
 
 #include <memory>
 
 #include "fastft/cpu_capability.h"
+#include "fastft/lora_tiles.h"
 #include "ops.h"
 #include "util.h"
 
@@ -15,6 +16,13 @@ SmallMatrix small_matrix(const Tensor& x) { return {x.data_ptr(), x.stride(0), x
 // A small matrix's packed form; plain memory, since a tensor would cost more than it takes to fill one.
 std::unique_ptr<char[]> packed(DType dtype, int64_t r, int64_t length) {
     return std::unique_ptr<char[]>(new char[static_cast<size_t>(lora_packed_bytes(dtype, r, length))]);
+}
+
+// Of the kind that args' kernels on CUDA need; like every tensor freed here, it goes back to the allocator
+// for this stream, behind the launches.
+template <class Args>
+Tensor scratch_of(const Tensor& like, const Args& args) {
+    return torch::stable::new_empty(like, {lora_plan(args).scratch_size()}, ScalarType::Float);
 }
 
 // f(begin, end) over [0, n) where each step costs `work` multiplications.
@@ -29,7 +37,6 @@ int64_t column_units(int64_t n) { return (n + kLoraColumns - 1) / kLoraColumns; 
 }  // namespace
 
 void lora_down(const Tensor& x, const Tensor& a, double scaling, Tensor u) {
-    check(!x.is_cuda(), "lora_down: no CUDA kernel yet");
     check_rows(x, "lora_down: x must be [M, K] with contiguous rows");
     check_rows(u, "lora_down: u must be [M, r] with contiguous rows");
     check(a.dim() == 2 && a.size(1) == x.size(1), "lora_down: a must be [r, K] like x");
@@ -47,6 +54,13 @@ void lora_down(const Tensor& x, const Tensor& a, double scaling, Tensor u) {
     args.x_stride = x.stride(0);
     args.u_stride = u.stride(0);
     args.scaling = scaling;
+    if (x.is_cuda()) {
+        DeviceGuard guard(x);
+        const Tensor scratch = scratch_of(x, args);
+        args.scratch = scratch.data_ptr();
+        lora_down_cuda(args, current_stream(x));
+        return;
+    }
     cpu_capability();  // an error of its environment variable must not leave a worker thread
     const auto scratch = packed(args.dtype, args.r, args.K);
     args.packed_a = scratch.get();
@@ -55,7 +69,6 @@ void lora_down(const Tensor& x, const Tensor& a, double scaling, Tensor u) {
 }
 
 void lora_up(Tensor y, const Tensor& u, const Tensor& b) {
-    check(!y.is_cuda(), "lora_up: no CUDA kernel yet");
     check_rows(y, "lora_up: y must be [M, N] with contiguous rows");
     check_rows(u, "lora_up: u must be [M, r] with contiguous rows");
     check(u.size(0) == y.size(0), "lora_up: u must be [M, r] like y");
@@ -73,6 +86,11 @@ void lora_up(Tensor y, const Tensor& u, const Tensor& b) {
     args.r = u.size(1);
     args.y_stride = y.stride(0);
     args.u_stride = u.stride(0);
+    if (y.is_cuda()) {
+        DeviceGuard guard(y);
+        lora_up_cuda(args, current_stream(y));
+        return;
+    }
     cpu_capability();
     const auto packed_b = packed(args.dtype, args.r, args.N);
     args.packed_b = packed_b.get();
@@ -83,7 +101,6 @@ void lora_up(Tensor y, const Tensor& u, const Tensor& b) {
 }
 
 Tensor lora_outer(const Tensor& u, const Tensor& y, bool transposed) {
-    check(!y.is_cuda(), "lora_outer: no CUDA kernel yet");
     check_rows(y, "lora_outer: y must be [M, N] with contiguous rows");
     check_rows(u, "lora_outer: u must be [M, r] with contiguous rows");
     check(u.size(0) == y.size(0), "lora_outer: u must be [M, r] like y");
@@ -101,6 +118,13 @@ Tensor lora_outer(const Tensor& u, const Tensor& y, bool transposed) {
                           : torch::stable::new_empty(y, {args.r, args.N});
     args.g = small_matrix(g);
     if (transposed) args.g = {g.data_ptr(), 1, args.r};
+    if (y.is_cuda()) {
+        DeviceGuard guard(y);
+        const Tensor scratch = scratch_of(y, args);
+        args.scratch = scratch.data_ptr();
+        lora_outer_cuda(args, current_stream(y));
+        return g;
+    }
     cpu_capability();
     const auto packed_u = packed(args.dtype, args.r, args.M);
     const auto sums = packed(args.dtype, args.r, args.N);

@@ -1,6 +1,7 @@
 """lora_linear: the five tests of every op, the three kernels beneath it, and layers that share an input."""
 
 import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from fastft.ops import lora_linear, lora_linears, reference
-from tests.ops.op_checks import DTYPES, assert_as_accurate, run, supported, to_float64
+from fastft.ops import _extension, lora_linear, lora_linears, reference
+from tests.ops.op_checks import CUDA_DTYPES, DTYPES, assert_as_accurate, run, supported, to_float64
 
 FORMS = ["kernels", "products"]
 LEAVES = ("x", "lora_A", "lora_B", "bias")
@@ -173,6 +174,40 @@ def test_any_shape_and_strides(data):
     exact(ops.lora_outer(u, y, True), truth.t(), (y.t(), u))
 
 
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("outer", [False, True])
+def test_tiles_of_the_cuda_kernels(outer, element_bytes):
+    """Every element is copied once for each 64 of r, no split is empty, and the splits add up to the product."""
+    build = _extension.load()
+    for length, depth, r in ((1, 1, 1), (127, 63, 16), (129, 300, 17), (5, 2100, 4), (300, 65, 100), (257, 0, 3)):
+        large, small = torch.randn(length, depth), torch.randn(r, depth)
+        stored = large.t().contiguous() if outer else large
+        for ranks_first in (False, True):
+            out = torch.full((length, r) if ranks_first else (r, length), torch.nan)
+            visits = torch.zeros(stored.shape, dtype=torch.int32)
+            pointers = [t.data_ptr() for t in (stored, small, out, visits)]
+            splits = build.lora_by_tiles(*pointers, length, depth, r, outer, ranks_first, element_bytes)
+            assert (visits == (1 if r <= 16 else -(-r // 64))).all()
+            assert splits[0][0] == 0 and splits[-1][1] == depth
+            assert all(a[1] == b[0] for a, b in pairwise(splits))
+            assert all(first < last for first, last in splits) or depth == 0
+            truth = large.double() @ small.double().t()
+            torch.testing.assert_close(out.double(), truth if ranks_first else truth.t(), rtol=1e-5, atol=1e-3)
+
+
+def test_splits_of_the_cuda_kernels_fill_an_h200_and_stay_long():
+    splits_of = _extension.load().lora_splits
+    for length in (1, 128, 2048, 7168, 8192, 28672):
+        for depth in (1, 576, 2048, 7168, 28672):
+            for r in (1, 16, 48, 256):
+                blocks, splits, split_depth, floats = splits_of(length, depth, r, 2)
+                least = 16 * (16 if r <= 16 else 64)
+                assert split_depth % 64 == 0 and (splits - 1) * split_depth < depth <= splits * split_depth
+                assert splits == 1 or split_depth >= least
+                assert blocks * splits >= 132 or split_depth - 64 < least
+                assert floats == splits * blocks * 128 * (16 if r <= 16 else 64)
+
+
 def test_empty_batch_and_rank_one():
     for form in FORMS:
         t = inputs(0, 6, 5, 1)
@@ -200,6 +235,116 @@ def test_same_bits_for_any_number_of_threads():
         results.append((y, *grads.values()))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# CUDA ---------------------------------------------------------------------------------------------------
+
+RANKS = [1, 4, 16, 17, 48, 64, 100, 256]
+
+
+def strided(rows, columns, gap, dtype, device, by_column=False):
+    """[rows, columns] of random numbers with a gap after each row, or after each column; around it NaN."""
+    shape = (columns, rows) if by_column else (rows, columns)
+    buffer = torch.full((shape[0] + 1, shape[1] + gap), torch.nan, dtype=dtype, device=device)
+    buffer[: shape[0], : shape[1]] = torch.randn(shape, device=device).to(dtype)
+    inside = buffer[: shape[0], : shape[1]]
+    return inside.t() if by_column else inside
+
+
+def side_products(x, a, u, y, b):
+    """All three products: (lora_down, lora_up, lora_outer, its transpose)."""
+    ops = torch.ops.fastft
+    down, up = torch.full_like(u, torch.nan), y.clone()
+    ops.lora_down(x, a, 0.5, down)
+    ops.lora_up(up, u, b)
+    return down, up, ops.lora_outer(u, y, False), ops.lora_outer(u, y, True)
+
+
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+def test_side_products_against_float64(device, dtype, r):
+    """Edges and strides, aligned to 16 bytes and not; nothing beyond an operand is read; two runs, the same bits."""
+    for M, K, N in ((1, 1, 1), (65, 129, 127), (128, 512, 256), (300, 1000, 72), (2049, 1537, 261)):
+        for gap, by_column in ((0, False), (3, True), (8, False), (8, True)):
+            x, y, u = (strided(M, n, gap, dtype, device) for n in (K, N, r))
+            a, b = strided(r, K, gap, dtype, device, by_column), strided(N, r, gap, dtype, device, by_column)
+            ours, again = side_products(x, a, u, y, b), side_products(x, a, u, y, b)
+            assert all(torch.equal(one, two) for one, two in zip(ours, again, strict=True))
+            outer = torch.mm(u.t(), y)
+            plain = 0.5 * torch.mm(x, a.t()), torch.addmm(y, u, b.t()), outer, outer.t()
+            x, a, u, y, b = (t.double() for t in (x, a, u, y, b))
+            outer = u.t() @ y
+            truth = 0.5 * (x @ a.t()), y + u @ b.t(), outer, outer.t()
+            names = ("lora_down", "lora_up", "lora_outer", "lora_outer transposed")
+            for name, *three in zip(names, ours, plain, truth, strict=True):
+                assert_as_accurate(*three, f"{name} {M}x{K}x{N} gap {gap}", dtype, terms=8.0 * (K + M) ** 0.5)
+
+
+def test_side_products_write_only_their_own_elements(device):
+    for dtype in CUDA_DTYPES:
+        for M, N, r, gap in ((65, 130, 16, 3), (65, 130, 5, 3), (64, 128, 16, 8)):
+            x, a, b = (torch.ones(s, dtype=dtype, device=device) for s in ((M, N), (r, N), (N, r)))
+            buffers = [torch.full((M + 1, n + gap), 7.0, dtype=dtype, device=device) for n in (r, N)]
+            u, y = (buffer[:M, :n] for buffer, n in zip(buffers, (r, N), strict=True))
+            torch.ops.fastft.lora_down(x, a, 1.0, u)
+            torch.ops.fastft.lora_up(y, u, b)
+            assert (u == N).all() and (y == 7 + r * N).all()
+            for buffer, n in zip(buffers, (r, N), strict=True):
+                assert (buffer[:, n:] == 7).all() and (buffer[M:] == 7).all()
+
+
+def test_side_products_of_nothing(device):
+    for M, K, N, r in ((0, 8, 8, 4), (8, 0, 8, 4), (8, 8, 0, 4), (0, 0, 0, 1)):
+        x, a, u, y, b = (torch.ones(s, device=device) for s in ((M, K), (r, K), (M, r), (M, N), (N, r)))
+        down, up, outer, transposed = side_products(x, a, u, y, b)
+        assert (down == 0.5 * K).all() and (up == 1 + r).all()
+        assert (outer == M).all() and (transposed == M).all()
+        assert outer.shape == (r, N) and transposed.shape == (N, r)
+
+
+def test_cuda_stream_graph_and_second_device(device):
+    if device.type == "cpu":
+        pytest.skip("CUDA only")
+    t = inputs(300, 520, 264, 16, torch.bfloat16, device)
+    dy = torch.randn(300, 264, device=device).bfloat16()
+
+    def step(device=device):
+        leaves = {k: v.detach().to(device).requires_grad_(k in LEAVES) for k, v in t.items()}
+        y = lora_linear(**leaves, scaling=0.7, form="kernels")
+        return (y.detach(), *torch.autograd.grad(y, [leaves[k] for k in LEAVES], dy.to(device)))
+
+    truth = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        beside = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        for _ in range(2):
+            graph.replay()
+    torch.cuda.current_stream().wait_stream(stream)
+    for one, two, three in zip(truth, beside, captured, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    if torch.cuda.device_count() > 1:
+        for one, two in zip(truth, step("cuda:1"), strict=True):
+            assert torch.equal(one, two.to(device))
+
+
+def test_float64_side_products_on_cuda_are_refused(device):
+    if device.type == "cpu":
+        pytest.skip("float64 is a CPU dtype")
+    x, a, u, y, b = (
+        torch.ones(s, dtype=torch.float64, device=device) for s in ((2, 3), (1, 3), (2, 1), (2, 4), (4, 1))
+    )
+    ops = torch.ops.fastft
+    for call in (
+        lambda: ops.lora_down(x, a, 1.0, u),
+        lambda: ops.lora_up(y, u, b),
+        lambda: ops.lora_outer(u, y, True),
+    ):
+        with pytest.raises(RuntimeError, match="float64 is a CPU dtype"):
+            call()
 
 
 # 5. Errors ----------------------------------------------------------------------------------------------

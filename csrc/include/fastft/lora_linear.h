@@ -6,9 +6,10 @@
 //   lora_up     y += u b^T               u [M, r], b [N, r]: u lora_B^T in forward, du lora_A in backward
 //   lora_outer  g = u^T y                u [M, r], y [M, N]: the gradients of both small matrices
 //
-// Each reads its large operand once, where it lies. Sums are kept in float (double for double) and rounded
-// once; on CPUs with bf16 products, pairs of bfloat16 products are added without rounding in between. The
-// order of additions depends on the sizes alone, so results do not depend on the number of threads.
+// Each reads its large operand once, where it lies (lora_down and lora_outer on CUDA once for each 64 of r).
+// Sums are kept in float (double for double) and rounded once; on CPUs with bf16 products, pairs of bfloat16
+// products are added without rounding in between. The order of additions depends on the sizes alone, so
+// results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,7 @@ struct LoraDownArgs {
     SmallMatrix a;   // [r, K]
     void* u;         // [M, r] out, row stride u_stride
     void* packed_a;  // CPU scratch, lora_packed_bytes(dtype, r, K)
+    void* scratch;   // CUDA, lora_plan(*this).scratch_size() float
     int64_t M, K, r, x_stride, u_stride;
     double scaling;
     DType dtype;
@@ -49,6 +51,7 @@ struct LoraOuterArgs {
     SmallMatrix g;   // [r, N] out
     void* packed_u;  // CPU scratch, lora_packed_bytes(dtype, r, M)
     void* sums;      // CPU scratch, lora_packed_bytes(dtype, r, N)
+    void* scratch;   // CUDA, lora_plan(*this).scratch_size() float
     int64_t M, N, r, y_stride, u_stride;
     DType dtype;
 };
@@ -69,5 +72,9 @@ void lora_up_pack_cpu(const LoraUpArgs& args, int64_t begin, int64_t end);      
 void lora_up_cpu(const LoraUpArgs& args, int64_t begin, int64_t end);             // rows
 void lora_outer_pack_cpu(const LoraOuterArgs& args, int64_t begin, int64_t end);  // pairs of M
 void lora_outer_cpu(const LoraOuterArgs& args, int64_t begin, int64_t end);       // units of columns
+
+void lora_down_cuda(const LoraDownArgs& args, cudaStream_t stream);
+void lora_up_cuda(const LoraUpArgs& args, cudaStream_t stream);
+void lora_outer_cuda(const LoraOuterArgs& args, cudaStream_t stream);
 
 }  // namespace fastft
