@@ -128,7 +128,13 @@ BENCH_PARTS = {
         "bench_kl": ["--model", "opt-30b", "--rows", "2048"],
         "bench_kl_llama": ["--model", "llama-3-8b", "--rows", "2048", "--no-compile"],
         "bench_kl_rows": ["--model", "opt-125m", "--rows", "64", "512", "8192", "--no-compile"],
-    }
+    },
+    # Both forms are rows of each table; KERNELS_UP_TO_RANK in fastft/ops/lora_linear.py follows from them.
+    "bench_lora_linear": {
+        "bench_lora_linear": ["--model", "opt-30b", "--rows", "8192", "--form", "kernels"],
+        "bench_lora_linear_256": ["--model", "opt-30b", "--rows", "256", "--form", "kernels", "--no-compile"],
+        "bench_lora_linear_llama": ["--model", "llama-3-8b", "--rows", "2048", "--form", "kernels", "--no-compile"],
+    },
 }
 
 INFO = """

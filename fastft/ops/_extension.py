@@ -63,7 +63,14 @@ def build_info() -> dict:
     """
     from fastft import __version__
 
-    public = ["bias_adamw", "linear_cross_entropy", "linear_log_softmax_kl", "linear_topk_kl", "log_softmax_kl"]
+    public = [
+        "bias_adamw",
+        "linear_cross_entropy",
+        "linear_log_softmax_kl",
+        "linear_topk_kl",
+        "log_softmax_kl",
+        "lora_linear",
+    ]
     try:
         module = load()
         info = module.info()
