@@ -5,14 +5,13 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from op_checks import DTYPES, accumulate_dtype, name, supported
 
 from fastft import ops
 from fastft.ops import reference
 from fastft.ops.bias_adamw import AdamWPlan, AdamWState
 from fastft.optim import BiasAdamW
+from tests.ops.randomised import given, settings, st
 
 # Around a block of codes and a chunk (kCodeBlock and kAdamWChunk in csrc/include/fastft/bias_adamw.h).
 SIZES = [1, 7, 255, 256, 257, 4095, 4096, 4097, 10_001]

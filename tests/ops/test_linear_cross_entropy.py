@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from op_checks import DTYPES, compare, name, run, supported
 
 from fastft.ops import linear_cross_entropy, reference
+from tests.ops.randomised import given, settings, st
 
 
 def inputs(rows, hidden, vocab, dtype, device="cpu"):

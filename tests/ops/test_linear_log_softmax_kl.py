@@ -5,11 +5,10 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from op_checks import DTYPES, compare, name, python, run, supported
 
 from fastft.ops import linear_log_softmax_kl, log_softmax_kl, reference
+from tests.ops.randomised import given, settings, st
 
 DIRECTIONS = ["forward", "reverse", "jsd"]
 

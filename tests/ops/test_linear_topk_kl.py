@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from op_checks import DTYPES, compare, name, run, supported
 
 from fastft.ops import linear_log_softmax_kl, linear_topk_kl, reference
+from tests.ops.randomised import given, settings, st
 
 
 def inputs(rows, hidden, vocab, k, dtype, device="cpu"):

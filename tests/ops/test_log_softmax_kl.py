@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from op_checks import DTYPES, compare, name, run, supported
 
 from fastft.ops import log_softmax_kl, reference
+from tests.ops.randomised import given, settings, st
 
 DIRECTIONS = ["forward", "reverse", "jsd"]
 

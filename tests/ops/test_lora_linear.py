@@ -5,12 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from fastft.ops import _extension, lora_linear, lora_linears, reference
 from tests.ops.op_checks import CUDA_DTYPES, DTYPES, assert_as_accurate, run, supported, to_float64
+from tests.ops.randomised import given, settings, st
 
 FORMS = ["kernels", "products"]
 LEAVES = ("x", "lora_A", "lora_B", "bias")
