@@ -1,4 +1,4 @@
-"""hypothesis; where it is not installed (a GPU machine may have few packages), its tests are skipped, the others run."""
+"""hypothesis; where it is not installed (a GPU machine may have few packages), its tests are skipped."""
 
 import pytest
 
