@@ -13,9 +13,9 @@ from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, linear
 
 # Where the adapter's own small products run: "kernels" are this project's, "products" torch's (oneDNN, cuBLAS).
 # By device type: the largest summed rank for which the kernels were the faster ones.
-# cpu: bench_lora_linear.py on AVX-512 with bf16 products, forward and backward of a layer, time of the kernels' form over
-# that of the products': 0.85 to 0.97 at r 16, 0.89 to 1.00 at r 64, 1.00 to 1.03 at r 128 (M 330 to 1024, K and N 576
-# to 8192). cuda: nothing has been measured yet, so the vendor's products are used.
+# cpu: bench_lora_linear.py on AVX-512 with bf16 products; time of the kernels' form over that of the products', forward
+# and backward of a layer: 0.85 to 0.97 at r 16, 0.89 to 1.00 at r 64, 1.00 to 1.03 at r 128 (M 330 to 1024, K and N
+# 576 to 8192). cuda: nothing has been measured yet, so the vendor's products are used.
 KERNELS_UP_TO_RANK = {"cpu": 64, "cuda": 0}
 
 
