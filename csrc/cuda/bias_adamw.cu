@@ -282,14 +282,14 @@ __global__ void FASTFT_ADAMW_KERNEL adamw_update_kernel(const __grid_constant__ 
     }
 }
 
-unsigned grid(const char* kernel, const Launch& launch) {
-    return grid_of(kernel, launch.chunks > 0 ? launch.chunks : 1);
-}
-
-void check(const char* kernel, const Launch& launch) {
-    const cudaError_t error = cudaGetLastError();
+template <class... Parameters, class... Constants>
+void run(const char* name, void (*kernel)(Launch, Parameters...), cudaStream_t stream, const Launch& launch,
+         Constants... constants) {
+    const unsigned grid = grid_of(name, launch.chunks > 0 ? launch.chunks : 1);
+    const cudaError_t error = launch_kernel(kernel, grid, kThreads, 0, 1, stream, launch, constants...);
     if (error != cudaSuccess) {
-        throw std::runtime_error(std::string(kernel) + " with tensors=" + std::to_string(launch.tensors) +
+        cudaGetLastError();  // reported here, and not to the next one who asks
+        throw std::runtime_error(std::string(name) + " with tensors=" + std::to_string(launch.tensors) +
                                  " chunks=" + std::to_string(launch.chunks) + ": " +
                                  cudaGetErrorString(error));
     }
@@ -329,21 +329,13 @@ void bias_adamw_cuda(const AdamWArgs& args, cudaStream_t stream) {
         throw std::runtime_error("bias_adamw: float64 is a CPU dtype; use float32, bfloat16 or float16");
     }
     if (wants_norm(args)) {
-        constexpr const char* name = "adamw_norm_kernel";
         for_launches(args, [&](const Launch& launch, bool last) {
-            adamw_norm_kernel<<<grid(name, launch), kThreads, 0, stream>>>(launch, last);
-            check(name, launch);
+            run("adamw_norm_kernel", &adamw_norm_kernel, stream, launch, last);
         });
     }
-    constexpr const char* name = "adamw_update_kernel";
-    for_launches(args, [&](const Launch& launch, bool) {
-        if (args.scales) {
-            adamw_update_kernel<true><<<grid(name, launch), kThreads, 0, stream>>>(launch);
-        } else {
-            adamw_update_kernel<false><<<grid(name, launch), kThreads, 0, stream>>>(launch);
-        }
-        check(name, launch);
-    });
+    const auto kernel = args.scales ? &adamw_update_kernel<true> : &adamw_update_kernel<false>;
+    for_launches(args,
+                 [&](const Launch& launch, bool) { run("adamw_update_kernel", kernel, stream, launch); });
 }
 
 KernelEntry adamw_norm_entry() {

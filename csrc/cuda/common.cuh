@@ -130,6 +130,10 @@ __device__ __forceinline__ Value shuffle_xor(const Value& value, int mask) {
     return to.value;
 }
 
+// What a launch gives each block beyond what the kernel declares. Its one declaration, for every kernel: as
+// what it is used is the kernel's business.
+extern __shared__ __align__(128) char dynamic_shared[];
+
 // The sum over the block's threads, for all of them. blockDim.x is a multiple of the warp's size.
 template <class Number>
 __device__ Number block_sum(Number x) {
@@ -154,6 +158,26 @@ inline void check_launch(const char* kernel, cudaError_t error, int64_t rows, in
         throw std::runtime_error(std::string(kernel) + " with rows=" + std::to_string(rows) +
                                  " vocab=" + std::to_string(vocab) + ": " + cudaGetErrorString(error));
     }
+}
+
+// kernel(arguments...), of blocks that may form clusters. Every launch of this project is made here, by a
+// plain function and not by <<<>>>, so that it can also be compiled by a compiler that knows nothing of CUDA
+// (tests/emulator).
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
+                          int cluster, cudaStream_t stream, const Arguments&... arguments) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Launches kernel(args, launch, constants...) with launch.blocks blocks for each of args.rows rows.
@@ -184,19 +208,11 @@ void launch_rows(const char* name, const Args& args, const RowLaunch& launch, bo
             asked.fetch_or(bit, std::memory_order_relaxed);
         }
     }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(launch.blocks);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(launch.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = cluster && launch.blocks > 1 ? 1 : 0;
-    check_launch(name, cudaLaunchKernelEx(&config, kernel, args, launch, constants...), args.rows,
-                 args.vocab);
+    check_launch(
+        name,
+        launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), launch.threads, launch.shared_bytes,
+                      cluster ? launch.blocks : 1, stream, args, launch, constants...),
+        args.rows, args.vocab);
 }
 
 // f(T{}) with the element type of a runtime dtype; the one place where dtypes become template arguments.

@@ -82,9 +82,9 @@ void dequantise_4bit_cuda(const Dequantise4bitArgs& args, cudaStream_t stream) {
     if (args.count == 0) return;
     const unsigned grid = grid_of(name, blocks_for(args.count));
     dispatch_dtype(name, args.dtype, [&](auto element) {
-        dequantise_4bit_kernel<decltype(element)><<<grid, kThreads, 0, stream>>>(args);
+        const auto kernel = &dequantise_4bit_kernel<decltype(element)>;
+        check_launch(name, launch_kernel(kernel, grid, kThreads, 0, 1, stream, args), 1, args.count);
     });
-    check_launch(name, cudaGetLastError(), 1, args.count);
 }
 
 void dequantise_8bit_cuda(const Dequantise8bitArgs& args, cudaStream_t stream) {
@@ -95,9 +95,9 @@ void dequantise_8bit_cuda(const Dequantise8bitArgs& args, cudaStream_t stream) {
     const dim3 grid(grid_of(name, blocks_for(args.K)), static_cast<unsigned>(y),
                     grid_of(name, (args.rows + y - 1) / y));
     dispatch_dtype(name, args.dtype, [&](auto element) {
-        dequantise_8bit_kernel<decltype(element)><<<grid, kThreads, 0, stream>>>(args);
+        const auto kernel = &dequantise_8bit_kernel<decltype(element)>;
+        check_launch(name, launch_kernel(kernel, grid, kThreads, 0, 1, stream, args), args.rows, args.K);
     });
-    check_launch(name, cudaGetLastError(), args.rows, args.K);
 }
 
 KernelEntry dequantise_4bit_entry() {

@@ -16,6 +16,7 @@
 
 #include "common.cuh"
 #include "fastft/lora_tiles.h"
+#include "fastft/ptx.h"
 
 namespace fastft {
 inline namespace FASTFT_TARGET {
@@ -59,10 +60,7 @@ struct Operand {
 
 // 16 bytes to shared memory: `bytes` of them from `source`, then zeros. Nothing else of `source` is read.
 __device__ __forceinline__ void copy_async(void* target, const void* source, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(target))),
-                 "l"(source), "r"(bytes)
-                 : "memory");
+    ptx_copy_async(target, source, bytes);
 }
 
 // A tile of one operand in shared memory: kSide of i or j by kDeep of d, d along the rows or down the
@@ -246,8 +244,6 @@ struct Pipeline {
     }
 };
 
-extern __shared__ __align__(128) char dynamic_shared[];
-
 template <class T, int kRanks, bool kLargeRows, bool kSmallRows>
 using SplitPipeline = Pipeline<T, kRanks, kDepth<T>, kSplitStages, kLargeRows, kSmallRows>;
 
@@ -383,17 +379,17 @@ void launch_product(const char* name, const Operand<const T>& large, const Opera
         const auto kernel = &lora_split_kernel<T, kRanks, kLargeRows, kSmallRows>;
         check(name, large.rows, large.columns, plan.r, allow_shared(kernel, kBytes));
         const dim3 grid(grid_of(name, plan.blocks()), static_cast<unsigned>(plan.splits));
-        kernel<<<grid, kThreads, kBytes, stream>>>(large, small, plan, scratch);
+        check(name, large.rows, large.columns, plan.r,
+              launch_kernel(kernel, grid, kThreads, kBytes, 1, stream, large, small, plan, scratch));
     };
     if (plan.ranks == 16) {
         run(std::integral_constant<int, 16>());
     } else {
         run(std::integral_constant<int, 64>());
     }
-    check(name, large.rows, large.columns, plan.r, cudaGetLastError());
-    lora_combine_kernel<<<grid_of(name, plan.split_sums() / kThreads), kThreads, 0, stream>>>(
-        plan, scratch, static_cast<float>(scaling), out, i_stride, j_stride);
-    check(name, large.rows, large.columns, plan.r, cudaGetLastError());
+    check(name, large.rows, large.columns, plan.r,
+          launch_kernel(&lora_combine_kernel<T>, grid_of(name, plan.split_sums() / kThreads), kThreads, 0, 1,
+                        stream, plan, scratch, static_cast<float>(scaling), out, i_stride, j_stride));
 }
 
 }  // namespace
@@ -437,13 +433,15 @@ void lora_up_cuda(const LoraUpArgs& args, cudaStream_t stream) {
             const int64_t column_tiles = ceil_div(args.N, kLoraTile);
             const auto kernel = &lora_up_kernel<T, kSmallRows>;
             check(name, args.M, args.N, args.r, allow_shared(kernel, kBytes));
-            kernel<<<grid_of(name, column_tiles * ceil_div(args.M, kUpRows)), kThreads, kBytes, stream>>>(
-                operand(static_cast<T*>(args.y), args.M, args.N, args.y_stride, 1),
-                small_operand<T>(args.b, args.N, args.r),
-                operand(static_cast<const T*>(args.u), args.M, args.r, args.u_stride, 1), column_tiles);
+            const unsigned grid = grid_of(name, column_tiles * ceil_div(args.M, kUpRows));
+            check(name, args.M, args.N, args.r,
+                  launch_kernel(kernel, grid, kThreads, kBytes, 1, stream,
+                                operand(static_cast<T*>(args.y), args.M, args.N, args.y_stride, 1),
+                                small_operand<T>(args.b, args.N, args.r),
+                                operand(static_cast<const T*>(args.u), args.M, args.r, args.u_stride, 1),
+                                column_tiles));
         });
     });
-    check(name, args.M, args.N, args.r, cudaGetLastError());
 }
 
 KernelEntry lora_down_entry() {

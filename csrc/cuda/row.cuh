@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 
 #include "common.cuh"
 
@@ -22,24 +23,6 @@ __device__ __forceinline__ RowPart row_part(const RowLaunch& launch, int64_t voc
     const int64_t size = min(vocab - begin, launch.slice);
     return {blockIdx.x / blocks, static_cast<int>(begin), static_cast<int>(size)};
 }
-
-// 16 bytes from device memory to shared memory, past the registers. Copies are waited for by the thread that
-// asked for them.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                 "l"(__cvta_generic_to_global(global))
-                 : "memory");
-}
-// Ends a group of copies, which may be empty.
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but this thread's latest `n` groups have arrived.
-template <int n>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
-}
-
-extern __shared__ uint4 row_cache_memory[];
 
 // A part of N rows (student and teacher), read twice in the same order. The first `cached` elements stay in
 // shared memory. A thread reads back only what it has brought there itself: no barrier is needed, and a row
@@ -68,7 +51,7 @@ class RowCache {
         for (int ahead = 0; ahead < kAhead; ++ahead)
             fetch(static_cast<int>(threadIdx.x) * kElements + ahead * step);
         for_elements(size_, [&](int i) {
-            wait_copies<kAhead - 1>();
+            __pipeline_wait_prior(kAhead - 1);  // all but the latest groups have arrived
             float x[N][kElements];
             const bool fetched = i < fetched_, kept = i < cached_;
 #pragma unroll
@@ -108,7 +91,7 @@ class RowCache {
     static constexpr int kAhead = 4;
 
     __device__ __forceinline__ T* slot(int n, int i) const {
-        return reinterpret_cast<T*>(row_cache_memory) + (n * cached_ + i);
+        return reinterpret_cast<T*>(dynamic_shared) + (n * cached_ + i);
     }
     __device__ __forceinline__ void fetch(int i) const {
         if (i < fetched_) {
@@ -116,10 +99,11 @@ class RowCache {
             for (int n = 0; n < N; ++n) {
 #pragma unroll
                 for (int v = 0; v < kVectors<T>; ++v)
-                    copy_async(slot(n, i) + v * (16 / sizeof(T)), rows_[n] + i + v * (16 / sizeof(T)));
+                    __pipeline_memcpy_async(slot(n, i) + v * (16 / sizeof(T)),
+                                            rows_[n] + i + v * (16 / sizeof(T)), 16);
             }
         }
-        end_copies();
+        __pipeline_commit();  // of a group, which may be empty
     }
 
     const T* rows_[N];

@@ -33,12 +33,9 @@ __global__ void FASTFT_ROW_KERNEL row_reduce_kernel(RowReduceArgs args) {
 
 void row_reduce_cuda(const RowReduceArgs& args, cudaStream_t stream) {
     // Also with no rows: the sum of nothing is 0, and it must be written.
-    if (args.is_double) {
-        row_reduce_kernel<double><<<1, kMaxThreads, 0, stream>>>(args);
-    } else {
-        row_reduce_kernel<float><<<1, kMaxThreads, 0, stream>>>(args);
-    }
-    check_launch("row_reduce_kernel", cudaGetLastError(), args.rows, 1);
+    const auto kernel = args.is_double ? &row_reduce_kernel<double> : &row_reduce_kernel<float>;
+    check_launch("row_reduce_kernel", launch_kernel(kernel, 1, kMaxThreads, 0, 1, stream, args), args.rows,
+                 1);
 }
 
 KernelEntry row_reduce_entry() {

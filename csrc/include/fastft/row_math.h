@@ -21,6 +21,9 @@
 #include <cmath>
 #include <cstdint>
 
+#ifdef __CUDA_ARCH__
+#include "fastft/ptx.h"
+#endif
 #include "fastft/target.h"
 #include "fastft/types.h"
 
@@ -36,18 +39,10 @@ FASTFT_HD double max_(double a, double b) { return a > b ? a : b; }
 FASTFT_HD double exp2_(double x) { return exp2(x); }
 #ifdef __CUDA_ARCH__
 // One instruction where the comparison below takes two; a NaN in either is kept.
-__device__ __forceinline__ float max_(float a, float b) {
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-}
+__device__ __forceinline__ float max_(float a, float b) { return ptx_max_nan(a, b); }
 // The instruction behind exp2f: the same 2 ulp where the result is a normal number, and 0 below 2^-126, as in
 // cpu/vec.h, where exp2f spends two more multiplications on subnormals.
-__device__ __forceinline__ float exp2_(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+__device__ __forceinline__ float exp2_(float x) { return ptx_exp2(x); }
 #else
 // A NaN in `a` is dropped, one in `b` is kept: call with the running value first.
 FASTFT_HD float max_(float a, float b) { return a > b ? a : b; }
