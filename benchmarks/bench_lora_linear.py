@@ -5,8 +5,7 @@ python benchmarks/bench_lora_linear.py --device cuda --model opt-30b --rows 8192
 
 `frozen`: the frozen linear alone, its forward and the gradient of its input; what is beyond it is the adapter's price.
 `peft` is PEFT's own layer as it comes (float32 adapters on a 16-bit base), `peft_same_dtype` with its adapters in the
-base's dtype, `fastft_products` our layer with torch's products in place of our kernels. Unsloth's LoRA is measured
-where it is installed, on a GPU.
+base's dtype, `fastft_products` our layer with torch's products in place of our kernels.
 """
 
 from __future__ import annotations
@@ -111,18 +110,6 @@ def peft_layers(data: Data, adapter_dtype: torch.dtype):
     return (lambda x: [layer(x) for layer in layers]), flat
 
 
-def unsloth(data: Data):
-    """Unsloth's autograd function on our tensors (it keeps lora_A and lora_B as PEFT does); None without it."""
-    if data.args.device != "cuda":
-        return None
-    try:
-        from unsloth.kernels.fast_lora import LoRA_W
-    except Exception:  # it raises what it likes where a part of its stack is missing
-        return None
-    pairs = list(zip(data.weights, data.lora_As, data.lora_Bs, strict=True))
-    return lambda x: [LoRA_W.apply(x[None], w, None, A, B, SCALING)[0] for w, A, B in pairs]
-
-
 def case(args, K: int, N: int, count: int, backward: bool):
     data = Data(args, K, N, count)
     own = [data.x, *data.lora_As, *data.lora_Bs]
@@ -145,8 +132,6 @@ def case(args, K: int, N: int, count: int, backward: bool):
     for name, dtype in (("peft", torch.float32), ("peft_same_dtype", data.dtype)):
         if layers := peft_layers(data, dtype):
             implementations[name] = run(*layers)
-    if layers := unsloth(data):
-        implementations["unsloth"] = run(layers, own)
     implementations["fastft_products"] = run(ours("products"), own)
     implementations["fastft"] = run(ours(args.form), own)
     flops, moved = data.cost(backward)

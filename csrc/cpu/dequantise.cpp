@@ -21,9 +21,6 @@ struct CodeBook {
         return {_mm512_permutexvar_ps(codes, code)};
     }
 };
-inline VecF load_int8(const int8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
 #elif defined(__AVX2__)
 struct CodeBook {
     __m256 first, second;
@@ -41,9 +38,6 @@ struct CodeBook {
                                  _mm256_permutevar8x32_ps(second, codes), upper)};
     }
 };
-inline VecF load_int8(const int8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-}
 #endif
 
 template <class T>
@@ -79,7 +73,7 @@ void dequantise_8bit(const Dequantise8bitArgs& args, int64_t begin, int64_t end)
 #if defined(__AVX512F__) || defined(__AVX2__)
         if constexpr (width<Value<T>>() > 1) {
             const VecF scale = splat_(args.scale[n]);
-            for (; k + kWidth <= args.K; k += kWidth) store(out + k, load_int8(values + k) * scale);
+            for (; k + kWidth <= args.K; k += kWidth) store(out + k, load(values + k) * scale);
         }
 #endif
         for (; k < args.K; ++k) {

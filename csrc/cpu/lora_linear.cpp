@@ -220,24 +220,6 @@ inline void multiply(const T* x, int64_t x_stride, int64_t n, const Word<T>* pac
     }
 }
 
-template <class T>
-inline Value<T> load_value(const T* p) {
-    if constexpr (lanes<T>() == 1) {
-        return to_value(*p);
-    } else {
-        return load(p);
-    }
-}
-
-template <class T>
-inline void store_value(T* p, Value<T> x) {
-    if constexpr (lanes<T>() == 1) {
-        from_value(x, p);
-    } else {
-        store(p, x);
-    }
-}
-
 // Stores the first `n` lanes.
 template <class T>
 inline void store_lanes(T* p, Value<T> x, int64_t n) {
@@ -267,8 +249,8 @@ inline void for_rows(int64_t begin, int64_t end, F&& f) {
     if (m < end) f(m, std::integral_constant<int, 1>());
 }
 
-// --- lora_down: u[m, j] = scaling * sum_k x[m, k] a[j, k]; lanes are j, packed_a is [K / depth, r]
-// ------------
+// ---------------------------------------------------------------------------------------------------------
+// lora_down: u[m, j] = scaling * sum_k x[m, k] a[j, k]; lanes are j, packed_a is [K / depth, r]
 
 template <class T>
 void down_pack(const LoraDownArgs& args, int64_t begin, int64_t end) {
@@ -311,8 +293,8 @@ void down(const LoraDownArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// --- lora_up: y[m, n] += sum_j u[m, j] b[n, j]; lanes are n, packed_b is [r / depth, N]
-// -----------------------
+// ---------------------------------------------------------------------------------------------------------
+// lora_up: y[m, n] += sum_j u[m, j] b[n, j]; lanes are n, packed_b is [r / depth, N]
 
 template <class T>
 void up_pack(const LoraUpArgs& args, int64_t begin, int64_t end) {
@@ -329,7 +311,7 @@ inline void up_tile(const LoraUpArgs& args, int64_t m, int64_t n, T* y, int64_t 
     constexpr int64_t L = lanes<T>();
     Value<T> sums[kRowsHere][kVectors];
     for (int i = 0; i < kRowsHere; ++i) {
-        for (int v = 0; v < kVectors; ++v) sums[i][v] = load_value(y + i * y_stride + v * L);
+        for (int v = 0; v < kVectors; ++v) sums[i][v] = load_value<Value<T>>(y + i * y_stride + v * L);
     }
     multiply<T, kRowsHere, kVectors, 1, false>(
         static_cast<const T*>(args.u) + m * args.u_stride, args.u_stride, args.r,
@@ -358,8 +340,8 @@ void up(const LoraUpArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// --- lora_outer: g[j, n] = sum_m u[m, j] y[m, n]; lanes are n, packed_u is [M / depth, r]
-// ---------------------
+// ---------------------------------------------------------------------------------------------------------
+// lora_outer: g[j, n] = sum_m u[m, j] y[m, n]; lanes are n, packed_u is [M / depth, r]
 
 // Rows of y that are brought into words at a time: with kLoraColumns columns they stay in the L1 cache.
 constexpr int64_t kOuterRows = 128;
@@ -437,7 +419,7 @@ void outer_tile(const LoraOuterArgs& args, const Operand<T>* block, int64_t w, i
         for (int i = 0; i < kOutputs; ++i) {
             for (int v = 0; v < 2; ++v) {
                 ScalarOf<V>* out = sums + i * sums_stride + c + v * lanes<T>();
-                store_value(out, acc[i][v] + load_value(out));
+                store_value(out, acc[i][v] + load_value<Value<T>>(out));
             }
         }
     }
@@ -467,11 +449,13 @@ void outer(const LoraOuterArgs& args, int64_t begin, int64_t end) {
             T ordered[kLoraColumns];
             for (int64_t c = 0; c < kLoraColumns; c += 2 * lanes<T>()) {
                 const S* from = sums + j * sums_stride + n + c;
-                const Value<T> both[2] = {load_value(from), load_value(from + lanes<T>())};
+                const Value<T> both[2] = {load_value<Value<T>>(from),
+                                          load_value<Value<T>>(from + lanes<T>())};
                 S in_order[2 * lanes<T>()];
                 Dot<T>::store_columns(both, in_order);
                 for (int v = 0; v < 2; ++v) {
-                    store_value(ordered + c + v * lanes<T>(), load_value(in_order + v * lanes<T>()));
+                    store_value(ordered + c + v * lanes<T>(),
+                                load_value<Value<T>>(in_order + v * lanes<T>()));
                 }
             }
             for (int64_t c = 0; c < columns; ++c) g[j * args.g.stride_0 + c * args.g.stride_1] = ordered[c];

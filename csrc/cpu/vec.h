@@ -135,6 +135,12 @@ inline VecF load(const BFloat16* p) {
 inline VecF load(const Float16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline VecF load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline VecF load(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store(float* p, VecF x) { _mm512_storeu_ps(p, x.v); }
 inline void store(BFloat16* p, VecF x) {
 #if defined(__AVX512BF16__)
@@ -218,6 +224,12 @@ inline VecF load(const BFloat16* p) {
 inline VecF load(const Float16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+inline VecF load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline VecF load(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store(float* p, VecF x) { _mm256_storeu_ps(p, x.v); }
 inline void store(BFloat16* p, VecF x) {
     const __m256i bits = _mm256_castps_si256(x.v);
@@ -263,6 +275,29 @@ using Value = typename ValueOf<T>::type;
 template <class V>
 constexpr int width() {
     return sizeof(V) / sizeof(ScalarOf<V>);
+}
+
+// One value, of width<V>() elements, from any element type: a number, or a code.
+template <class V, class T>
+inline V load_value(const T* p) {
+    if constexpr (width<V>() > 1) {
+        return load(p);
+    } else if constexpr (sizeof(T) == 1) {
+        return V(*p);
+    } else {
+        return to_value(*p);
+    }
+}
+
+template <class V, class T>
+inline void store_value(T* p, V x) {
+    if constexpr (width<V>() > 1) {
+        store(p, x);
+    } else if constexpr (sizeof(T) == 1) {
+        *p = static_cast<T>(x);
+    } else {
+        from_value(x, p);
+    }
 }
 
 // K vectors are in flight at once: enough to hide the latency of exp2's chain, few enough for 16 registers.

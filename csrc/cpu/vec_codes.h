@@ -1,5 +1,5 @@
-// What the AdamW kernel asks of SIMD values beyond vec.h: roots, abs_, floor_, the largest lane, and loads
-// and stores of 8-bit codes.
+// What the AdamW kernel asks of SIMD values beyond vec.h: roots, abs_, floor_, the largest lane, and stores
+// of 8-bit codes.
 #pragma once
 
 #include "fastft/adamw_math.h"
@@ -24,12 +24,6 @@ inline VecF quick_sqrt_(VecF x) {
 inline VecF fourth_root_(VecF x) { return {_mm512_rsqrt14_ps(_mm512_rsqrt14_ps(x.v))}; }
 inline float largest(VecF x) { return _mm512_reduce_max_ps(x.v); }
 
-inline VecF load(const int8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
-inline VecF load(const uint8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
 // The integer parts, which are in the code's range.
 inline void store(int8_t* p, VecF x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x.v)));
@@ -58,12 +52,6 @@ inline float largest(VecF x) {
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 
-inline VecF load(const int8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-}
-inline VecF load(const uint8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-}
 // The eight lowest bytes of eight integers: gathered within 128-bit halves, then both halves together.
 inline void store_bytes(void* p, VecF x) {
     const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
@@ -82,29 +70,6 @@ inline double largest(double x) { return x; }
 #if !defined(__AVX512F__) && !defined(__AVX2__)
 inline float largest(float x) { return x; }
 #endif
-
-// One value, of width<V>() elements, from any element type: a number, or a code.
-template <class V, class T>
-inline V load_value(const T* p) {
-    if constexpr (width<V>() > 1) {
-        return load(p);
-    } else if constexpr (sizeof(T) == 1) {
-        return V(*p);
-    } else {
-        return to_value(*p);
-    }
-}
-
-template <class V, class T>
-inline void store_value(T* p, V x) {
-    if constexpr (width<V>() > 1) {
-        store(p, x);
-    } else if constexpr (sizeof(T) == 1) {
-        *p = static_cast<T>(x);
-    } else {
-        from_value(x, p);
-    }
-}
 
 }  // namespace FASTFT_TARGET
 }  // namespace fastft

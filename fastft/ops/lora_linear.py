@@ -66,10 +66,10 @@ def lora_linears(
     biases = [None] * len(weights) if biases is None else biases
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
-    check("lora_linear", x, weights, lora_As, lora_Bs, biases, same_dtype=not autocast)
+    _check(x, weights, lora_As, lora_Bs, biases, same_dtype=not autocast)
     tensors = (*weights, *lora_As, *lora_Bs, *biases)
     rank = lora_As[0].shape[0] if len(lora_As) == 1 else sum(A.shape[0] for A in lora_As)
-    kernels = pick_form(form, device, rank) == "kernels"
+    kernels = _pick_form(form, device, rank) == "kernels"
     if not autocast:
         return _LoraLinears.apply(x, scaling, kernels, len(weights), *tensors)
     dtype = torch.get_autocast_dtype(device)
@@ -78,7 +78,7 @@ def lora_linears(
         return _LoraLinears.apply(x, scaling, kernels, len(weights), *tensors)
 
 
-def pick_form(form: str | None, device: str, rank: int) -> str:
+def _pick_form(form: str | None, device: str, rank: int) -> str:
     """The form asked for, or the one that was measured to be the faster one for a summed rank on a device type."""
     if form is None:
         return "kernels" if rank <= KERNELS_UP_TO_RANK.get(device, 0) and _extension.available() else "products"
@@ -89,8 +89,9 @@ def pick_form(form: str | None, device: str, rank: int) -> str:
     return form
 
 
-def check(op: str, x: Tensor, weights, lora_As, lora_Bs, biases, *, same_dtype: bool) -> None:
+def _check(x: Tensor, weights, lora_As, lora_Bs, biases, *, same_dtype: bool) -> None:
     """Raises ValueError unless the arguments of lora_linears fit together; layers are named where there are several."""
+    op = "lora_linear"
     check_float(op, "x", x)
     counts = len(weights), len(lora_As), len(lora_Bs), len(biases)
     if len(set(counts)) > 1 or not weights:

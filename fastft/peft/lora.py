@@ -84,7 +84,7 @@ def share_inputs(model: nn.Module) -> None:
     for parent in model.modules():
         for names in SHARED_INPUT:
             layers = [m for m in (getattr(parent, name, None) for name in names) if isinstance(m, LoraLinear)]
-            if len(layers) > 1 and len({m.in_features for m in layers}) == 1:
+            if len(layers) > 1 and len({(m.in_features, m.scaling) for m in layers}) == 1:
                 shared = SharedInput(layers)
                 for layer in layers:
                     layer.shared_input = shared

@@ -1,6 +1,5 @@
 """lora_linear: the five tests of every op, the three kernels beneath it, and layers that share an input."""
 
-import gc
 from itertools import pairwise
 
 import pytest
@@ -448,4 +447,3 @@ def test_a_linear_with_a_trained_bias_alone_keeps_no_input():
     x = torch.randn(4, 3, 5, requires_grad=True).square()
     kept, _ = saved_by(lambda: linear(x, weight, bias))
     assert set(kept) <= {weight.untyped_storage().data_ptr()}
-    gc.collect()
