@@ -6,8 +6,8 @@ alternate between implementations so that a slow minute of the machine hits all 
 with the 20th and 80th percentile.
 
 JSON rows: name, impl, shape, dtype, device, median_ms, p20_ms, p80_ms, peak_memory_bytes, ratio_to_peer,
-roofline_fraction, and device_name, torch, error. ratio_to_peer is our median over that row's (in our own row, over
-the fastest peer's): below 1 we are faster. roofline_fraction = max(bytes / bandwidth, flops / peak) / time.
+roofline_fraction, and device_name, torch, error. ratio_to_peer is our median over that row's (in rows whose impl starts
+with "fastft": that row's over the fastest peer's): below 1 we are faster. roofline_fraction = max(bytes / bandwidth, flops / peak) / time.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Case:
     reference: Callable[[], tuple[torch.Tensor, ...]] | None = None  # in float32 or better; else the first peer
     tolerance: dict[str, float] = field(default_factory=dict)  # per implementation, relative; else by dtype
     not_peers: tuple[str, ...] = ()  # rows shown for orientation: part of the work, or other work
+    units: dict[str, int] = field(default_factory=dict)  # times the work that one call does (default 1); times are of one
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -207,19 +208,19 @@ def run_case(case: Case, args, ceiling) -> list[dict]:
         # Each round starts with another implementation: nobody always runs after the same one.
         turned = order[r % len(order) :] + order[: r % len(order)] if order else []
         for impl, ms in clock.round({i: alive[i] for i in turned}).items():
-            times[impl].append(ms)
+            times[impl].append(ms / case.units.get(impl, 1))
 
     median = {impl: statistics.median(ms) for impl, ms in times.items()}
-    peers = [m for impl, m in median.items() if impl != OURS and impl not in case.not_peers]
+    peers = [m for impl, m in median.items() if not impl.startswith(OURS) and impl not in case.not_peers]
     rows = []
     for impl in case.implementations:
         row = {**base, "impl": impl, "error": errors.get(impl)}
         if impl in alive:
             seconds = median[impl] / 1e3
-            ratio = None
-            if OURS in median:
-                other = (min(peers) if peers else None) if impl == OURS else median[impl]
-                ratio = median[OURS] / other if other else None
+            if impl.startswith(OURS):
+                ratio = median[impl] / min(peers) if peers else None
+            else:
+                ratio = median[OURS] / median[impl] if OURS in median else None
             fraction = None
             if ceiling and impl not in case.not_peers:
                 fraction = max(case.flops / ceiling[0], case.bytes / ceiling[1]) / seconds
