@@ -1,7 +1,5 @@
 """lora_linear: the five tests of every op, the three kernels beneath it, and layers that share an input."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -170,27 +168,6 @@ def test_any_shape_and_strides(data):
     truth = u.double().t() @ y.double()
     exact(ops.lora_outer(u, y, False), truth, (u.t(), y))
     exact(ops.lora_outer(u, y, True), truth.t(), (y.t(), u))
-
-
-@pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("outer", [False, True])
-def test_tiles_of_the_cuda_kernels(outer, element_bytes):
-    """Every element is copied once for each 64 of r, no split is empty, and the splits add up to the product."""
-    build = _extension.load()
-    for length, depth, r in ((1, 1, 1), (127, 63, 16), (129, 300, 17), (5, 2100, 4), (300, 65, 100), (257, 0, 3)):
-        large, small = torch.randn(length, depth), torch.randn(r, depth)
-        stored = large.t().contiguous() if outer else large
-        for ranks_first in (False, True):
-            out = torch.full((length, r) if ranks_first else (r, length), torch.nan)
-            visits = torch.zeros(stored.shape, dtype=torch.int32)
-            pointers = [t.data_ptr() for t in (stored, small, out, visits)]
-            splits = build.lora_by_tiles(*pointers, length, depth, r, outer, ranks_first, element_bytes)
-            assert (visits == (1 if r <= 16 else -(-r // 64))).all()
-            assert splits[0][0] == 0 and splits[-1][1] == depth
-            assert all(a[1] == b[0] for a, b in pairwise(splits))
-            assert all(first < last for first, last in splits) or depth == 0
-            truth = large.double() @ small.double().t()
-            torch.testing.assert_close(out.double(), truth if ranks_first else truth.t(), rtol=1e-5, atol=1e-3)
 
 
 def test_splits_of_the_cuda_kernels_fill_an_h200_and_stay_long():
