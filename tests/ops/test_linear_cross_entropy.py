@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from op_checks import DTYPES, compare, name, run, supported
 
 from fastft.ops import linear_cross_entropy, raise_deferred_errors, reference
-from tests.ops.randomised import given, settings, st
+from tests.ops.randomised import VOCABS, assert_strides_do_not_matter, given, settings, st
 
 
 def inputs(rows, hidden, vocab, dtype, device="cpu"):
@@ -166,6 +166,22 @@ def test_any_shape(rows, vocab, chunk_rows, reduction):
     )
     torch.testing.assert_close(ours, truth)
     torch.testing.assert_close(grads, true_grads)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), reduction=st.sampled_from(["mean", "none"]))
+def test_any_strides(data, reduction):
+    t = inputs(6, 5, 11, torch.float64)
+    t |= {"hidden": t["hidden"].view(2, 3, 5), "labels": t["labels"].view(2, 3)}
+    assert_strides_do_not_matter(
+        data, lambda **t: linear_cross_entropy(**t, reduction=reduction, chunk_rows=4), t, ["hidden", "weight"]
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(rows=st.integers(1, 3), vocab=VOCABS, dtype=st.sampled_from(DTYPES))
+def test_any_vocabulary(rows, vocab, dtype):
+    check(inputs(rows, 6, vocab, dtype), dtype)
 
 
 # 5. Errors --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from op_checks import DTYPES, compare, name, run, supported
 
 from fastft.ops import linear_log_softmax_kl, linear_topk_kl, raise_deferred_errors, reference
-from tests.ops.randomised import given, settings, st
+from tests.ops.randomised import VOCABS, assert_strides_do_not_matter, given, settings, st
 
 
 def inputs(rows, hidden, vocab, k, dtype, device="cpu"):
@@ -224,6 +224,28 @@ def test_any_shape(data, vocab, tail, temperature):
     truth, true_grads = run(lambda **t: reference.linear_topk_kl(**t, **options), t, ["student_hidden", "weight"])
     torch.testing.assert_close(ours, truth)
     torch.testing.assert_close(grads, true_grads)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    data=st.data(), reduction=st.sampled_from(["mean", "none"]), tail=st.booleans(), vocab=st.sampled_from([11, 801])
+)
+def test_any_strides(data, reduction, tail, vocab):
+    """Of 801 tokens two are few enough to be gathered, where the head needs no gradient."""
+    t = inputs(6, 5, vocab, 2, torch.float64)
+    t |= {k: t[k].view(2, 3, -1) for k in t if k != "weight"}
+    t["weights"] = torch.rand(2, 3)
+    for grad_of in (["student_hidden"], ["student_hidden", "weight"]):
+        assert_strides_do_not_matter(
+            data, lambda **t: linear_topk_kl(**t, tail=tail, reduction=reduction, chunk_rows=4), t, grad_of
+        )
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 3), vocab=VOCABS, dtype=st.sampled_from(DTYPES), tail=st.booleans())
+def test_any_vocabulary(data, rows, vocab, dtype, tail):
+    k = data.draw(st.one_of(st.just(1), st.integers(1, min(vocab, 300))))
+    check(inputs(rows, 6, vocab, k, dtype), dtype, tail=tail)
 
 
 # 5. Errors --------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 
 from fastft.ops import _extension, lora_linear, lora_linears, reference
 from tests.ops.op_checks import CUDA_DTYPES, DTYPES, assert_as_accurate, run, supported, to_float64
-from tests.ops.randomised import given, settings, st
+from tests.ops.randomised import assert_strides_do_not_matter, given, settings, st
 
 FORMS = ["kernels", "products"]
 LEAVES = ("x", "lora_A", "lora_B", "bias")
@@ -181,6 +181,23 @@ def test_splits_of_the_cuda_kernels_fill_an_h200_and_stay_long():
                 assert splits == 1 or split_depth >= least
                 assert blocks * splits >= 132 or split_depth - 64 < least
                 assert floats == splits * blocks * 128 * (16 if r <= 16 else 64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), form=st.sampled_from(FORMS), layers=st.integers(1, 2))
+def test_any_strides(data, form, layers):
+    """Of everything, also of the gradient from above."""
+    shapes = {"x": (2, 3, 10)}
+    for i, N in enumerate((7, 5)[:layers]):
+        shapes |= {f"weight_{i}": (N, 10), f"lora_A_{i}": (4, 10), f"lora_B_{i}": (N, 4), f"bias_{i}": (N,)}
+    tensors = {k: torch.randn(shape, dtype=torch.float64) for k, shape in shapes.items()}
+
+    def function(x, **t):
+        lists = ([t[f"{k}_{i}"] for i in range(layers)] for k in ("weight", "lora_A", "lora_B", "bias"))
+        weights, As, Bs, biases = lists
+        return torch.cat(lora_linears(x, weights, As, Bs, 0.7, biases, form=form), -1)
+
+    assert_strides_do_not_matter(data, function, tensors, list(tensors))
 
 
 def test_empty_batch_and_rank_one():
