@@ -253,6 +253,7 @@ KernelEntry log_softmax_kl_entry(const RowLimits& limits);
 KernelEntry log_softmax_kl_backward_entry();
 KernelEntry topk_kl_entry(const RowLimits& limits);
 KernelEntry cross_entropy_entry(const RowLimits& limits);
+KernelEntry index_check_entry();
 KernelEntry lora_down_entry();
 KernelEntry lora_outer_entry();
 KernelEntry lora_combine_entry();

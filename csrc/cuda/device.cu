@@ -67,6 +67,7 @@ int launch_configurations(LaunchConfiguration* out, int capacity) {
                                    log_softmax_kl_backward_entry(),
                                    topk_kl_entry(limits),
                                    cross_entropy_entry(limits),
+                                   index_check_entry(),
                                    row_reduce_entry(),
                                    adamw_norm_entry(),
                                    adamw_update_entry(),

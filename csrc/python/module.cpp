@@ -1,5 +1,5 @@
 // fastft._build: what this build is and what it found on this machine. Tensors go through torch.ops, never
-// through here; the functions on raw addresses serve the tests of row_math.h, vec.h and lora_tiles.h.
+// through here; the functions on raw addresses serve the tests of row_math.h and vec.h.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -148,53 +148,6 @@ double kl_by_blocks(uintptr_t p_address, uintptr_t q_address, int64_t n, int blo
     return fastft::kl_value(merge_lanes(of_blocks, double(c)), double(c));
 }
 
-// out[i, j] = sum_d large(i, d) small[j, d] by the tiles of the CUDA kernels, all in float32. `large` is
-// [length, depth], or with `outer` [depth, length]; `out` has ranks_first's order. Counts in `visits`, like
-// `large`, how often each element is copied. Returns the splits' [first, last) of d.
-template <int kVector>
-py::list lora_by_tiles(const fastft::LoraPlan& plan, const float* large, const float* small, float* out,
-                       int32_t* visits, bool outer) {
-    constexpr int kTile = fastft::kLoraTile, kDepth = fastft::lora_tile_depth(16 / kVector);
-    std::vector<float> scratch(static_cast<size_t>(plan.scratch_size()));
-    const int64_t rows = outer ? plan.depth : plan.length, columns = outer ? plan.length : plan.depth;
-    py::list splits;
-    for (int64_t split = 0; split < plan.splits; ++split) {
-        splits.append(py::make_tuple(plan.first_d(split), plan.last_d(split)));
-        for (int64_t block = 0; block < plan.blocks(); ++block) {
-            float* sums = scratch.data() + plan.scratch_index(split, block);
-            const int64_t i = plan.first_i(block), j = plan.first_j(block);
-            const auto visit = [&](int64_t row, int64_t column, const fastft::TilePiece& piece) {
-                for (int k = 0; k < piece.inside; ++k) {
-                    const int64_t at = (row + piece.row) * columns + column + piece.column + k;
-                    ++visits[at];
-                    const int64_t i_of = outer ? at % columns : at / columns;
-                    const int64_t d_of = outer ? at / columns : at % columns;
-                    for (int64_t n = 0; n < plan.ranks && j + n < plan.r; ++n) {
-                        const int64_t stride = plan.scratch_stride();
-                        sums[plan.ranks_first ? (i_of - i) * stride + n : n * stride + i_of - i] +=
-                            large[at] * small[(j + n) * plan.depth + d_of];
-                    }
-                }
-            };
-            for (int64_t d = plan.first_d(split); d < plan.last_d(split); d += kDepth) {
-                const int64_t row = outer ? d : i, column = outer ? i : d;
-                for (int n = 0; n < kTile * kDepth / kVector; ++n) {
-                    visit(row, column,
-                          outer ? fastft::tile_piece<kTile, kVector>(n, rows - row, columns - column)
-                                : fastft::tile_piece<kDepth, kVector>(n, rows - row, columns - column));
-                }
-            }
-        }
-    }
-    for (int64_t index = 0; index < plan.split_sums(); ++index) {
-        const fastft::LoraPlace at = fastft::lora_place(plan, index);
-        if (at.i >= plan.length || at.j >= plan.r) continue;
-        out[plan.ranks_first ? at.i * plan.r + at.j : at.j * plan.length + at.i] =
-            fastft::lora_combine(plan, scratch.data(), index);
-    }
-    return splits;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_build, m) {
@@ -216,15 +169,6 @@ PYBIND11_MODULE(_build, m) {
     });
     m.def("plan_cached_row", &plan_cached_row);
     m.def("kl_by_blocks", &kl_by_blocks);
-    m.def("lora_by_tiles", [](uintptr_t large, uintptr_t small, uintptr_t out, uintptr_t visits,
-                              int64_t length, int64_t depth, int64_t r, bool outer, bool ranks_first,
-                              int element_bytes) {
-        const auto plan = fastft::lora_plan(length, depth, r, ranks_first, element_bytes);
-        return (element_bytes == 2 ? lora_by_tiles<8> : lora_by_tiles<4>)(plan, address<const float>(large),
-                                                                          address<const float>(small),
-                                                                          address<float>(out),
-                                                                          address<int32_t>(visits), outer);
-    });
     m.def("lora_splits", [](int64_t length, int64_t depth, int64_t r, int element_bytes) {
         const auto plan = fastft::lora_plan(length, depth, r, true, element_bytes);
         return py::make_tuple(plan.blocks(), plan.splits, plan.split_depth, plan.scratch_size());

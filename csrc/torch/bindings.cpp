@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     m.def(
         "cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor(b!) nll, int ignore_index, "
         "bool write_grad) -> ()");
+    // Ids outside [0, vocab) other than `ignore`, into a record in the host's memory (for CUDA's, pinned):
+    // see fastft/index_check.h.
+    m.def("index_check(Tensor index, int vocab, int ignore, int source, Tensor(a!) record) -> ()");
     // u = scaling x a^T; y += u b^T; u^T y, or with `transposed` y^T u: see fastft/lora_linear.h.
     m.def("lora_down(Tensor x, Tensor a, float scaling, Tensor(a!) u) -> ()");
     m.def("lora_up(Tensor(a!) y, Tensor u, Tensor b) -> ()");
@@ -70,6 +73,7 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("log_softmax_kl_rows", TORCH_BOX(&fastft::log_softmax_kl_rows));         \
         m.impl("topk_kl_rows", TORCH_BOX(&fastft::topk_kl_rows));                       \
         m.impl("cross_entropy_rows", TORCH_BOX(&fastft::cross_entropy_rows));           \
+        m.impl("index_check", TORCH_BOX(&fastft::index_check));                         \
         m.impl("lora_down", TORCH_BOX(&fastft::lora_down));                             \
         m.impl("lora_up", TORCH_BOX(&fastft::lora_up));                                 \
         m.impl("lora_outer", TORCH_BOX(&fastft::lora_outer));                           \
@@ -94,8 +98,8 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
     for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-                           "cross_entropy_rows", "lora_down", "lora_up", "lora_outer", "dequantise_4bit",
-                           "dequantise_8bit", "row_reduce", "bias_adamw"}) {
+                           "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer",
+                           "dequantise_4bit", "dequantise_8bit", "row_reduce", "bias_adamw"}) {
         m.impl(op, &no_cuda);
     }
 }

@@ -4,6 +4,7 @@
 #include "fastft/cross_entropy.h"
 #include "fastft/cuda_device.h"
 #include "fastft/dequantise.h"
+#include "fastft/index_check.h"
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
 #include "fastft/row_reduce.h"
@@ -37,6 +38,7 @@ void log_softmax_kl_cuda(const LogSoftmaxKlArgs&, cudaStream_t) { no_cuda(); }
 void log_softmax_kl_backward_cuda(const LogSoftmaxKlBackwardArgs&, cudaStream_t) { no_cuda(); }
 void topk_kl_cuda(const TopkKlArgs&, cudaStream_t) { no_cuda(); }
 void cross_entropy_cuda(const CrossEntropyArgs&, cudaStream_t) { no_cuda(); }
+void index_check_cuda(const IndexCheckArgs&, cudaStream_t) { no_cuda(); }
 void dequantise_4bit_cuda(const Dequantise4bitArgs&, cudaStream_t) { no_cuda(); }
 void dequantise_8bit_cuda(const Dequantise8bitArgs&, cudaStream_t) { no_cuda(); }
 void lora_down_cuda(const LoraDownArgs&, cudaStream_t) { no_cuda(); }

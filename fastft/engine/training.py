@@ -20,6 +20,7 @@ from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.trainer import NonFiniteStep, Trainer, list_checkpoints
 from fastft.errors import Interrupted, NonFiniteLossError
 from fastft.methods import distill
+from fastft.ops import raise_deferred_errors
 
 
 class StopRequest:
@@ -138,6 +139,7 @@ def train(
 
 def describe_non_finite(error, prepared, loss_fn, base, trainer, output_dir, ranks) -> NonFiniteLossError:
     """Find the examples behind a loss that is not finite; keep the state before the step as a checkpoint."""
+    raise_deferred_errors()  # a token id that a CUDA kernel found out of range explains it best
     culprits = []
     size = max(ranks.gather(len(error.batch.examples)))
     with torch.no_grad():

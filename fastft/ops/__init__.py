@@ -4,7 +4,7 @@ Importing this package never fails for want of the compiled extension; the first
 RuntimeError that says how to build it.
 """
 
-from fastft.ops import _extension, frozen_weight
+from fastft.ops import _extension, frozen_weight, index_check
 from fastft.ops import bias_adamw as _bias_adamw
 from fastft.ops import linear_cross_entropy as _linear_cross_entropy
 from fastft.ops import linear_log_softmax_kl as _linear_log_softmax_kl
@@ -13,6 +13,7 @@ from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops import lora_linear as _lora_linear
 from fastft.ops._extension import available, build_info
 from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit
+from fastft.ops.index_check import raise_deferred_errors
 
 # Modules and functions share their names; the functions are what this package exports.
 _extension.import_extension(
@@ -24,6 +25,7 @@ _extension.import_extension(
         _lora_linear,
         _bias_adamw,
         frozen_weight,
+        index_check,
     ]
 )
 
@@ -48,4 +50,5 @@ __all__ = [
     "log_softmax_kl",
     "lora_linear",
     "lora_linears",
+    "raise_deferred_errors",
 ]

@@ -108,18 +108,6 @@ def flat_weights(op: str, weights: Tensor | None, name: str, like: Tensor) -> Te
     return weights.to(accumulate_dtype(like.dtype)).reshape(-1).contiguous()
 
 
-def check_index_range(op: str, name: str, index: Tensor, vocab: int, ignore: int | None = None) -> None:
-    """Raises on an index outside [0, vocab) that is not ``ignore``; only where looking costs nothing."""
-    if index.is_cuda or index.numel() == 0:
-        return
-    bad = (index < 0) | (index >= vocab)
-    if ignore is not None:
-        bad &= index != ignore
-    if bad.any():
-        allowed = f"0 <= id < {vocab}" + ("" if ignore is None else f" or ignore_index={ignore}")
-        raise ValueError(f"{op}: {name} contains {index[bad][0].item()}, expected {allowed}")
-
-
 def wants_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 

@@ -14,7 +14,6 @@ from fastft.ops._common import (
     check_chunk_rows,
     check_hidden,
     check_index,
-    check_index_range,
     check_weight,
     chunk_size,
     chunks,
@@ -24,6 +23,7 @@ from fastft.ops._common import (
     shape_of,
     wants_grad,
 )
+from fastft.ops.index_check import check_index_range
 
 
 def linear_cross_entropy(
@@ -51,8 +51,9 @@ def linear_cross_entropy(
     Backward: with G = softmax(logits) - onehot(labels), hidden gets G @ weight, weight gets G.T @ hidden. As
     in linear_log_softmax_kl both are computed in forward where asked for. Not twice differentiable.
 
-    Raises ValueError on a shape, dtype, device or option that does not fit, and on a label outside [0, V) (on
-    CUDA the row becomes NaN instead: looking would wait for the device).
+    Raises ValueError on a shape, dtype, device or option that does not fit, and on a label outside [0, V), naming it
+    and its row (leading dimensions flattened). On CUDA looking would wait for the device: there the row becomes NaN,
+    and a later call, or `raise_deferred_errors`, raises.
     Chunking as in Wijmans et al. 2024, https://arxiv.org/abs/2411.09009, and Liger-Kernel.
     """
     op = "linear_cross_entropy"
@@ -88,7 +89,7 @@ def _kernel(
     acc = accumulate_dtype(hidden.dtype)
     labels = labels.to(torch.int64).contiguous()
     counted = labels != ignore_index
-    check_index_range("linear_cross_entropy", "labels", labels, vocab, ignore=ignore_index)
+    check_index_range("linear_cross_entropy", "labels", labels, vocab, ignore_index)
     row_weights = counted.to(acc) if weights is None else torch.where(counted, weights, 0)
     size = chunk_size(rows, vocab * weight.element_size(), chunk_rows)
     logits = logits_buffer(hidden, min(size, rows), vocab)

@@ -14,7 +14,6 @@ from fastft.ops._common import (
     check_chunk_rows,
     check_hidden,
     check_index,
-    check_index_range,
     check_like,
     check_temperature,
     check_weight,
@@ -27,6 +26,7 @@ from fastft.ops._common import (
     shape_of,
     wants_grad,
 )
+from fastft.ops.index_check import check_index_range
 
 # Without the tail, a row needs k rows of the head, which are gathered where this many times k is at most V. By an
 # H200's limits the gather (4 k H elements read or written at 4.3 TB/s) then takes no longer than two products with the
@@ -78,8 +78,9 @@ def linear_topk_kl(
     student_hidden and weight are computed in forward where asked for; the teacher gets none. Not twice
     differentiable.
 
-    Raises ValueError on a shape, dtype, device or option that does not fit, and on an id outside [0, V) (on
-    CUDA the row becomes NaN instead: looking would wait for the device).
+    Raises ValueError on a shape, dtype, device or option that does not fit, and on an id outside [0, V), naming it
+    and its row (leading dimensions flattened). On CUDA looking would wait for the device: there the row becomes NaN,
+    and a later call, or `raise_deferred_errors`, raises.
     """
     op = "linear_topk_kl"
     _extension.load()
@@ -128,8 +129,8 @@ def _kernel(
 ):  # fmt: skip
     rows, vocab = student_hidden.shape[0], weight.shape[0]
     acc = accumulate_dtype(student_hidden.dtype)
-    check_index_range("linear_topk_kl", "topk_ids", topk_ids, vocab)
     topk_ids = topk_ids.to(torch.int64).contiguous()
+    check_index_range("linear_topk_kl", "topk_ids", topk_ids, vocab)
     topk_log_probs = topk_log_probs.to(acc).contiguous()
     kl = student_hidden.new_empty(rows, dtype=acc)
     if not tail and not weight_grad and GATHER_RATIO * topk_ids.shape[1] <= vocab:

@@ -423,6 +423,21 @@ void arrive(Barrier& barrier, const char* kind, int index, void* mine, emulator:
     suspend();
 }
 
+// What an atomic changes (bounds alone: atomics do not race with each other) and what it orders.
+void meet_atomics(const void* address, size_t size) {
+    const Fiber& f = fibers[current];
+    Block& block = blocks[f.block];
+    const uintptr_t p = reinterpret_cast<uintptr_t>(address);
+    bool inside = false;
+    for (const Region& region : regions)
+        inside |= p >= region.begin && p + size <= region.end && region.writable;
+    if (!inside) give_up("has an atomic at " + hex(p) + ", outside all buffers");
+    if (f.fenced_epoch != kMany) released[block.id] = {f.fenced_epoch, block.id * threads + f.thread};
+    for (const auto& other : released) {
+        if (other.first != block.id) block.acquired[other.first] = other.second;
+    }
+}
+
 bool run_cluster(const emulator::Launch& launch, int first_block) {
     const int size = static_cast<int>(launch.cluster);
     ++cluster_serial;
@@ -529,20 +544,18 @@ void fence() {
 
 int atomic_add(int* address, int value) {
     const Pause pause;
-    const Fiber& f = fibers[current];
-    Block& block = blocks[f.block];
-    // Bounds alone: atomics do not race with each other.
-    const uintptr_t p = reinterpret_cast<uintptr_t>(address);
-    bool inside = false;
-    for (const Region& region : regions)
-        inside |= p >= region.begin && p + sizeof(int) <= region.end && region.writable;
-    if (!inside) give_up("adds to " + hex(p) + ", outside all buffers");
-    if (f.fenced_epoch != kMany) released[block.id] = {f.fenced_epoch, block.id * threads + f.thread};
-    for (const auto& other : released) {
-        if (other.first != block.id) block.acquired[other.first] = other.second;
-    }
+    meet_atomics(address, sizeof(*address));
     const int before = *address;
     *address = before + value;
+    return before;
+}
+
+unsigned long long atomic_cas(unsigned long long* address, unsigned long long expected,
+                              unsigned long long value) {
+    const Pause pause;
+    meet_atomics(address, sizeof(*address));
+    const unsigned long long before = *address;
+    if (before == expected) *address = value;
     return before;
 }
 

@@ -6,6 +6,7 @@
 #include "fastft/bias_adamw.h"
 #include "fastft/cross_entropy.h"
 #include "fastft/dequantise.h"
+#include "fastft/index_check.h"
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
 #include "fastft/row_reduce.h"
@@ -32,6 +33,7 @@ FASTFT_LAUNCHER(bias_adamw, AdamWArgs)
 FASTFT_LAUNCHER(cross_entropy, CrossEntropyArgs)
 FASTFT_LAUNCHER(dequantise_4bit, Dequantise4bitArgs)
 FASTFT_LAUNCHER(dequantise_8bit, Dequantise8bitArgs)
+FASTFT_LAUNCHER(index_check, IndexCheckArgs)
 FASTFT_LAUNCHER(log_softmax_kl, LogSoftmaxKlArgs)
 FASTFT_LAUNCHER(log_softmax_kl_backward, LogSoftmaxKlBackwardArgs)
 FASTFT_LAUNCHER(lora_down, LoraDownArgs)

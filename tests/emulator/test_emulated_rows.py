@@ -173,6 +173,29 @@ def test_row_reduce(emulator, count, mean, dtype):
         torch.testing.assert_close(scale.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (700, 1), (5000, 5)])
+def test_index_check(emulator, count, columns, order):
+    """Several blocks; no bad id, one, and many of which one is written down and stays."""
+    emulator.order(order)
+    ids = torch.randint(0, 50, (count,))
+    ids[count // 2] = -100
+    record = torch.zeros(6, dtype=torch.int64)
+    sizes = {"index": Read(ids), "count": count, "columns": columns, "vocab": 50, "record": record}
+    emulator.launch("index_check", ignore=-100, source=1, **sizes)
+    assert not record.any()
+    emulator.launch("index_check", ignore=7, source=1, **sizes)
+    assert record.tolist() == [2, 1, count // 2 // columns, -100, 50, 7]
+    record.zero_()
+    ids[::2] = 50 + torch.arange((count + 1) // 2)
+    emulator.launch("index_check", ignore=0, source=0, **sizes)
+    state, source, row, found, vocab, ignore = first = record.tolist()
+    assert (state, source, vocab, ignore) == (2, 0, 50, 0) and found in (-100, *ids[ids >= 50].tolist())
+    assert row == (ids == found).nonzero().item() // columns
+    emulator.launch("index_check", ignore=0, source=1, **sizes)
+    assert record.tolist() == first
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_any_order_of_threads_gives_the_same_bits(on, direction):
     """With a cluster of 8, and slices that are cached in part."""

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from op_checks import DTYPES, compare, name, run, supported
 
-from fastft.ops import linear_cross_entropy, reference
-from tests.ops.randomised import given, settings, st
+from fastft.ops import linear_cross_entropy, raise_deferred_errors, reference
+from tests.ops.randomised import VOCABS, assert_strides_do_not_matter, given, settings, st
 
 
 def inputs(rows, hidden, vocab, dtype, device="cpu"):
@@ -100,7 +100,7 @@ def test_large_vocabulary(device):
 
 
 def test_label_out_of_range_on_cuda_is_nan(device):
-    """Looking at the labels would wait for the device, so the row says it."""
+    """And the error is raised later; tests/ops/test_index_check.py."""
     if device.type == "cpu":
         pytest.skip("a ValueError on the CPU")
     t = inputs(4, 8, 9, torch.float32, device)
@@ -108,6 +108,8 @@ def test_label_out_of_range_on_cuda_is_nan(device):
     value, grads = run(lambda **t: linear_cross_entropy(**t, reduction="none"), t, ["hidden"])
     assert value.isnan().tolist() == [False, True, True, False]
     assert grads["hidden"].isnan().all(-1).tolist() == [False, True, True, False]
+    with pytest.raises(ValueError, match="linear_cross_entropy: labels contains"):
+        raise_deferred_errors()
 
 
 def test_all_labels_ignored(device):
@@ -166,6 +168,22 @@ def test_any_shape(rows, vocab, chunk_rows, reduction):
     torch.testing.assert_close(grads, true_grads)
 
 
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), reduction=st.sampled_from(["mean", "none"]))
+def test_any_strides(data, reduction):
+    t = inputs(6, 5, 11, torch.float64)
+    t |= {"hidden": t["hidden"].view(2, 3, 5), "labels": t["labels"].view(2, 3)}
+    assert_strides_do_not_matter(
+        data, lambda **t: linear_cross_entropy(**t, reduction=reduction, chunk_rows=4), t, ["hidden", "weight"]
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(rows=st.integers(1, 3), vocab=VOCABS, dtype=st.sampled_from(DTYPES))
+def test_any_vocabulary(rows, vocab, dtype):
+    check(inputs(rows, 6, vocab, dtype), dtype)
+
+
 # 5. Errors --------------------------------------------------------------------------------------------
 
 
@@ -174,8 +192,8 @@ def test_any_shape(rows, vocab, chunk_rows, reduction):
     [
         ({"labels": torch.zeros(2).long()}, r"labels is \[2\], expected \[3\] like the rows of hidden"),
         ({"labels": torch.zeros(3)}, "labels is torch.float32, expected int32 or int64"),
-        ({"labels": torch.tensor([0, 7, 1])}, "labels contains 7, expected 0 <= id < 7 or ignore_index=-100"),
-        ({"labels": torch.tensor([0, -1, 1])}, "labels contains -1, expected 0 <= id < 7 or ignore_index=-100"),
+        ({"labels": torch.tensor([0, 7, 1])}, "labels contains 7 in row 1, expected 0 <= id < 7 or ignore_index=-100"),
+        ({"labels": torch.tensor([0, -1, 1])}, "labels contains -1 in row 1, expected 0 <= id < 7 or"),
         ({"weight": torch.zeros(7, 5)}, r"weight is \[7, 5\], expected \[vocab, 4\]"),
         ({"hidden": torch.zeros(3, 4).long()}, "hidden is torch.int64, expected one of"),
         ({"weight": torch.zeros(7, 4).double()}, "weight is torch.float64, expected torch.float32 like hidden"),

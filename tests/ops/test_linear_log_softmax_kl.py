@@ -8,7 +8,7 @@ import torch
 from op_checks import DTYPES, compare, name, python, run, supported
 
 from fastft.ops import linear_log_softmax_kl, log_softmax_kl, reference
-from tests.ops.randomised import given, settings, st
+from tests.ops.randomised import VOCABS, assert_strides_do_not_matter, given, settings, st
 
 DIRECTIONS = ["forward", "reverse", "jsd"]
 
@@ -163,6 +163,28 @@ def test_any_shape(rows, hidden, vocab, chunk_rows, direction, temperature):
     )
     torch.testing.assert_close(ours, truth)
     torch.testing.assert_close(grads, true_grads)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), reduction=st.sampled_from(["mean", "none"]), own_head=st.booleans())
+def test_any_strides(data, reduction, own_head):
+    t = inputs(6, 5, 11, torch.float64)
+    t |= {k: t[k].view(2, 3, 5) for k in ("student_hidden", "teacher_hidden")}
+    t["weights"] = torch.rand(2, 3)
+    if own_head:
+        t["teacher_weight"] = torch.randn(11, 5, dtype=torch.float64)
+    assert_strides_do_not_matter(
+        data,
+        lambda **t: linear_log_softmax_kl(**t, reduction=reduction, chunk_rows=4),
+        t,
+        ["student_hidden", "weight"],
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(rows=st.integers(1, 3), vocab=VOCABS, dtype=st.sampled_from(DTYPES), direction=st.sampled_from(DIRECTIONS))
+def test_any_vocabulary(rows, vocab, dtype, direction):
+    check(inputs(rows, 6, vocab, dtype), dtype, direction=direction)
 
 
 # 5. Errors --------------------------------------------------------------------------------------------

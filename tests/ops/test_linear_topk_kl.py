@@ -6,8 +6,8 @@ import pytest
 import torch
 from op_checks import DTYPES, compare, name, run, supported
 
-from fastft.ops import linear_log_softmax_kl, linear_topk_kl, reference
-from tests.ops.randomised import given, settings, st
+from fastft.ops import linear_log_softmax_kl, linear_topk_kl, raise_deferred_errors, reference
+from tests.ops.randomised import VOCABS, assert_strides_do_not_matter, given, settings, st
 
 
 def inputs(rows, hidden, vocab, k, dtype, device="cpu"):
@@ -169,7 +169,7 @@ def test_large_vocabulary(device, k):
 
 @pytest.mark.parametrize("vocab", [9, 2003])
 def test_id_out_of_range_on_cuda_is_nan(device, vocab):
-    """Looking at the ids would wait for the device, so the row says it."""
+    """And the error is raised later; tests/ops/test_index_check.py."""
     if device.type == "cpu":
         pytest.skip("a ValueError on the CPU")
     t = inputs(4, 8, vocab, 3, torch.float32, device)
@@ -180,6 +180,8 @@ def test_id_out_of_range_on_cuda_is_nan(device, vocab):
         )
         assert value.isnan().tolist() == [False, True, True, False]
         assert grads["student_hidden"].isnan().all(-1).tolist() == [False, True, True, False]
+        with pytest.raises(ValueError, match="linear_topk_kl: topk_ids contains"):
+            raise_deferred_errors()
 
 
 def test_teacher_mass_above_one(device):
@@ -224,6 +226,28 @@ def test_any_shape(data, vocab, tail, temperature):
     torch.testing.assert_close(grads, true_grads)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    data=st.data(), reduction=st.sampled_from(["mean", "none"]), tail=st.booleans(), vocab=st.sampled_from([11, 801])
+)
+def test_any_strides(data, reduction, tail, vocab):
+    """Of 801 tokens two are few enough to be gathered, where the head needs no gradient."""
+    t = inputs(6, 5, vocab, 2, torch.float64)
+    t |= {k: t[k].view(2, 3, -1) for k in t if k != "weight"}
+    t["weights"] = torch.rand(2, 3)
+    for grad_of in (["student_hidden"], ["student_hidden", "weight"]):
+        assert_strides_do_not_matter(
+            data, lambda **t: linear_topk_kl(**t, tail=tail, reduction=reduction, chunk_rows=4), t, grad_of
+        )
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 3), vocab=VOCABS, dtype=st.sampled_from(DTYPES), tail=st.booleans())
+def test_any_vocabulary(data, rows, vocab, dtype, tail):
+    k = data.draw(st.one_of(st.just(1), st.integers(1, min(vocab, 300))))
+    check(inputs(rows, 6, vocab, k, dtype), dtype, tail=tail)
+
+
 # 5. Errors --------------------------------------------------------------------------------------------
 
 
@@ -233,8 +257,8 @@ def test_any_shape(data, vocab, tail, temperature):
         ({"topk_ids": torch.zeros(2, 2).long()}, r"topk_ids is \[2, 2\], expected \[..., k\] with the rows"),
         ({"topk_ids": torch.zeros(3, 2)}, "topk_ids is torch.float32, expected int32 or int64"),
         ({"topk_ids": torch.zeros(3, 0).long()}, r"topk_ids is \[3, 0\], expected 1 <= k <= 7"),
-        ({"topk_ids": torch.full((3, 2), 7)}, "topk_ids contains 7, expected 0 <= id < 7"),
-        ({"topk_ids": torch.full((3, 2), -1)}, "topk_ids contains -1, expected 0 <= id < 7"),
+        ({"topk_ids": torch.full((3, 2), 7)}, "topk_ids contains 7 in row 0, expected 0 <= id < 7"),
+        ({"topk_ids": torch.full((3, 2), -1)}, "topk_ids contains -1 in row 0, expected 0 <= id < 7"),
         ({"topk_log_probs": torch.zeros(3, 3)}, r"topk_log_probs is \[3, 3\], expected \[3, 2\] like topk_ids"),
         ({"topk_log_probs": torch.zeros(3, 2).long()}, "topk_log_probs is torch.int64, expected a floating"),
         ({"weight": torch.zeros(7, 5)}, r"weight is \[7, 5\], expected \[vocab, 4\]"),

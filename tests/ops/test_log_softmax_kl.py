@@ -5,7 +5,7 @@ import torch
 from op_checks import DTYPES, compare, name, run, supported
 
 from fastft.ops import log_softmax_kl, reference
-from tests.ops.randomised import given, settings, st
+from tests.ops.randomised import VOCABS, given, settings, st
 
 DIRECTIONS = ["forward", "reverse", "jsd"]
 
@@ -254,6 +254,12 @@ def test_any_shape_and_stride(rows, vocab, offset, padding, direction, dtype, te
         reduction="none",
     )
     torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(rows=st.integers(1, 3), vocab=VOCABS, dtype=st.sampled_from(DTYPES), direction=st.sampled_from(DIRECTIONS))
+def test_any_vocabulary(rows, vocab, dtype, direction):
+    check(inputs(rows, vocab, dtype), dtype, direction=direction)
 
 
 # 5. Errors --------------------------------------------------------------------------------------------

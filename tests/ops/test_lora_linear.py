@@ -1,14 +1,12 @@
 """lora_linear: the five tests of every op, the three kernels beneath it, and layers that share an input."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch.nn.functional import linear
 
 from fastft.ops import _extension, lora_linear, lora_linears, reference
 from tests.ops.op_checks import CUDA_DTYPES, DTYPES, assert_as_accurate, run, supported, to_float64
-from tests.ops.randomised import given, settings, st
+from tests.ops.randomised import assert_strides_do_not_matter, given, settings, st
 
 FORMS = ["kernels", "products"]
 LEAVES = ("x", "lora_A", "lora_B", "bias")
@@ -172,27 +170,6 @@ def test_any_shape_and_strides(data):
     exact(ops.lora_outer(u, y, True), truth.t(), (y.t(), u))
 
 
-@pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("outer", [False, True])
-def test_tiles_of_the_cuda_kernels(outer, element_bytes):
-    """Every element is copied once for each 64 of r, no split is empty, and the splits add up to the product."""
-    build = _extension.load()
-    for length, depth, r in ((1, 1, 1), (127, 63, 16), (129, 300, 17), (5, 2100, 4), (300, 65, 100), (257, 0, 3)):
-        large, small = torch.randn(length, depth), torch.randn(r, depth)
-        stored = large.t().contiguous() if outer else large
-        for ranks_first in (False, True):
-            out = torch.full((length, r) if ranks_first else (r, length), torch.nan)
-            visits = torch.zeros(stored.shape, dtype=torch.int32)
-            pointers = [t.data_ptr() for t in (stored, small, out, visits)]
-            splits = build.lora_by_tiles(*pointers, length, depth, r, outer, ranks_first, element_bytes)
-            assert (visits == (1 if r <= 16 else -(-r // 64))).all()
-            assert splits[0][0] == 0 and splits[-1][1] == depth
-            assert all(a[1] == b[0] for a, b in pairwise(splits))
-            assert all(first < last for first, last in splits) or depth == 0
-            truth = large.double() @ small.double().t()
-            torch.testing.assert_close(out.double(), truth if ranks_first else truth.t(), rtol=1e-5, atol=1e-3)
-
-
 def test_splits_of_the_cuda_kernels_fill_an_h200_and_stay_long():
     splits_of = _extension.load().lora_splits
     for length in (1, 128, 2048, 7168, 8192, 28672):
@@ -204,6 +181,23 @@ def test_splits_of_the_cuda_kernels_fill_an_h200_and_stay_long():
                 assert splits == 1 or split_depth >= least
                 assert blocks * splits >= 132 or split_depth - 64 < least
                 assert floats == splits * blocks * 128 * (16 if r <= 16 else 64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), form=st.sampled_from(FORMS), layers=st.integers(1, 2))
+def test_any_strides(data, form, layers):
+    """Of everything, also of the gradient from above."""
+    shapes = {"x": (2, 3, 10)}
+    for i, N in enumerate((7, 5)[:layers]):
+        shapes |= {f"weight_{i}": (N, 10), f"lora_A_{i}": (4, 10), f"lora_B_{i}": (N, 4), f"bias_{i}": (N,)}
+    tensors = {k: torch.randn(shape, dtype=torch.float64) for k, shape in shapes.items()}
+
+    def function(x, **t):
+        lists = ([t[f"{k}_{i}"] for i in range(layers)] for k in ("weight", "lora_A", "lora_B", "bias"))
+        weights, As, Bs, biases = lists
+        return torch.cat(lora_linears(x, weights, As, Bs, 0.7, biases, form=form), -1)
+
+    assert_strides_do_not_matter(data, function, tensors, list(tensors))
 
 
 def test_empty_batch_and_rank_one():

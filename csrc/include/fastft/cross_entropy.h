@@ -12,7 +12,8 @@ namespace fastft {
 struct CrossEntropyArgs {
     void* logits;           // [rows, vocab], row stride logits_stride; with write_grad overwritten by
                             //   softmax(logits) - onehot(label), or by 0 where the label is ignored
-    const int64_t* labels;  // [rows], in [0, vocab) or ignore_index; CUDA: NaN where it is neither
+    const int64_t* labels;  // [rows], in [0, vocab) or ignore_index, see index_check.h; CUDA: NaN where it is
+                            //   neither
     void* nll;              // [rows] Acc out, nats; 0 where the label is ignored
     int64_t rows, vocab, logits_stride, ignore_index;
     bool write_grad;

@@ -1,5 +1,5 @@
-// How the CUDA kernels of lora_linear cut their operands; plain arithmetic, so that a test can walk the same
-// tiles on the host.
+// How the CUDA kernels of lora_linear cut their operands; plain arithmetic, also for the host, which
+// allocates the scratch.
 //
 // lora_down and lora_outer are one product, with a long side i, a short side j and a deep sum d:
 //

@@ -20,7 +20,8 @@ namespace fastft {
 struct TopkKlArgs {
     void* logits;           // [rows, vocab], row stride logits_stride; overwritten: by T^2 dKL/dlogits with
                             //   write_grad, else left without the k logits
-    const int64_t* ids;     // [rows, k], distinct in a row, each in [0, vocab); CUDA: NaN where one is not
+    const int64_t* ids;     // [rows, k], distinct in a row, each in [0, vocab), see index_check.h; CUDA: NaN
+                            //   where one is not
     const void* log_probs;  // [rows, k] Acc: the teacher's log-probabilities over the whole vocabulary
     const void* weights;    // [rows] Acc or null; a row of weight 0 is not read: kl 0, gradient 0
     void* scratch;          // [rows, k + 1] Acc

@@ -103,6 +103,8 @@ void warp_barrier(unsigned lanes, const char* name, void* mine, Action action, b
 void cluster_barrier();
 void fence();
 int atomic_add(int* address, int value);
+unsigned long long atomic_cas(unsigned long long* address, unsigned long long expected,
+                              unsigned long long value);
 void copy_async(void* shared, const void* global, size_t bytes, size_t zeros);
 void copy_commit();
 void copy_wait(size_t groups_left);
@@ -213,7 +215,12 @@ Value __shfl_sync(unsigned lanes, Value value, int lane) {
     return emulator::shuffle(lanes, "__shfl_sync", value, lane);
 }
 inline void __threadfence() { emulator::fence(); }
+inline void __threadfence_system() { emulator::fence(); }
 inline int atomicAdd(int* address, int value) { return emulator::atomic_add(address, value); }
+inline unsigned long long atomicCAS(unsigned long long* address, unsigned long long expected,
+                                    unsigned long long value) {
+    return emulator::atomic_cas(address, expected, value);
+}
 template <class Value>
 Value __ldcg(const Value* p) {
     return *p;
