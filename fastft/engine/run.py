@@ -71,12 +71,7 @@ def run(config: Config) -> dict[str, Any]:
     )
 
     with clock.measure("teach"):
-        store, found = teach(config, base, prepared, ranks, out)
-    out.line(
-        f"teach      {store.offsets[-1]:,} {config.distill.targets} targets, {store.nbytes / 2**20:.1f} MiB, "
-        + ("found in " if found else "written to ")
-        + str(store.folder)
-    )
+        store = teach(config, base, prepared, ranks, out)
 
     with clock.measure("evaluate_base"):
         before = evaluate_base(config, base, prepared, ranks, out)
