@@ -186,6 +186,7 @@ def cached_questions(config: Config, base: Base, window: Window, ranks: Ranks, a
             "query_pattern": config.data.query_pattern,
             "batch_size": config.evaluate.batch_size,
             "seed": config.seed,
+            **prefix_key(config),
         }
     )
     path = config.cache_path / "questions" / f"{key}.json"
@@ -203,6 +204,11 @@ def cached_questions(config: Config, base: Base, window: Window, ranks: Ranks, a
     return pairs
 
 
+def prefix_key(config: Config) -> dict[str, str]:
+    """What the placement of the context's keys and values adds to a key: only int8 changes what the teacher says."""
+    return {"prefix": "int8"} if config.distill.prefix == "int8" else {}
+
+
 def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter) -> TeacherStore:
     """The teacher's targets: found in the cache folder, gone on with where an earlier run stopped, or computed now."""
     d = config.distill
@@ -217,6 +223,7 @@ def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Rep
         "targets": d.targets,
         "top_k": d.top_k if d.targets == "topk" else None,
         "loss_on": d.loss_on,
+        **prefix_key(config),
     }
     layout = Layout(
         store_key(description),
@@ -233,14 +240,17 @@ def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Rep
             if not store.is_complete:
                 about = {k: v for k, v in description.items() if k not in ("windows", "sequences")}
                 about |= {"documents": sorted({w.document for w in prepared.windows}), "positions": layout.positions}
-                seconds = _compute(config, base, prepared, store, about, ranks, out)
+                seconds, prefix_bytes = _compute(config, base, prepared, store, about, ranks, out)
                 rate = (layout.positions - store.positions) / seconds
                 store = TeacherStore.open(folder, layout, ranks)
                 if not store.is_complete:
                     raise FastftError(
                         f"{folder}: the teacher store that was just written does not read back; check the disk"
                     )
-                out.line(f"teach      {what}, {seconds:.1f} s ({rate:,.0f} targets/s), written to {folder}")
+                out.line(
+                    f"teach      {what}, {seconds:.1f} s ({rate:,.0f} targets/s), context {size_text(prefix_bytes)} "
+                    f"({d.prefix}), written to {folder}"
+                )
                 return store
     out.line(f"teach      {what}, found in {folder}, checked in {time.monotonic() - begin:.1f} s")
     return store
@@ -254,8 +264,8 @@ def _compute(
     about: dict[str, Any],
     ranks: Ranks,
     out: Reporter,
-) -> float:
-    """Compute the targets that `store` lacks and write them to its folder; returns the seconds it took."""
+) -> tuple[float, int]:
+    """Compute the targets that `store` lacks and write them to its folder: (seconds, bytes of the largest prefix)."""
     layout, folder = store.layout, store.folder
     lacking = 1 - store.positions / layout.positions
     problem = None
@@ -280,7 +290,7 @@ def _compute(
     count = len(prepared.sequences) - len(store.where)
     try:
         with out.phase("teach", count, "sequences") as phase, closing(StoreWriter(folder, layout, ranks)) as writer:
-            distill.teach(
+            prefix_bytes = distill.teach(
                 base.lm,
                 prepared.windows,
                 prepared.sequences,
@@ -296,7 +306,7 @@ def _compute(
     problem = next((p for p in ranks.gather(writer.error and writer.error.strerror) if p), None)
     if problem:
         raise FastftError(f"the teacher store cannot be written: {folder}: {problem}; {kept()}")
-    return phase.seconds
+    return phase.seconds, prefix_bytes
 
 
 @contextmanager

@@ -145,6 +145,7 @@ def run_evaluation(
             base.text,
             ranks,
             in_context=in_context,
+            placement=config.distill.prefix,
             batch_size=config.evaluate.batch_size,
             max_new_tokens=config.evaluate.max_new_tokens if answers and config.evaluate.answers else None,
             advance=phase.advance,

@@ -20,7 +20,7 @@ from fastft.config import Config, DistillConfig
 from fastft.data.sequences import Sequence, Window, answer_tokens, pack, question_prompt
 from fastft.data.store import StoreWriter, TeacherStore
 from fastft.distributed import Ranks
-from fastft.models.attention import PackedSequences
+from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
@@ -48,7 +48,7 @@ def write_questions(
         return study.openings[i // len(sentences) % len(study.openings)]
 
     # The examples stand in front of every prompt: they are encoded once, with the window.
-    prefix = lm.encode_prefix((*window.token_ids, *text.encode(study.examples)))
+    prefix = lm.encode_prefix((*window.token_ids, *text.encode(study.examples)), config.distill.prefix)
     size = config.evaluate.batch_size
     found: dict[int, tuple[str, str]] = {}
     for start, counts in ranks.lockstep(list(range(0, study.count, size))):
@@ -153,12 +153,13 @@ def teach(
     present: Container[int] = (),
     batch_size: int,
     advance: Advance,
-) -> None:
+) -> int:
     """Run the teacher on every sequence behind its window and hand the targets to `writer`.
 
     present: what the store has already. The batches are dealt before it is left out, so that a teach phase that goes on
     computes what one that was never stopped does. Each window's keys and values are computed once on every rank, and
-    shared by all of its sequences. Returns early where a rank cannot write (`writer.error` says why).
+    shared by all of its sequences; returns the bytes of the largest. Ends early where a rank cannot write
+    (`writer.error` says why).
     """
     jobs = []
     for w in range(len(windows)):
@@ -167,10 +168,12 @@ def teach(
         missing = ([i for i in batch if i not in present] for batch in batches)
         jobs += [(w, batch) for batch in missing if batch]
     k = min(config.top_k, lm.head.weight.shape[0])
-    known: tuple[int, object] | None = None
+    known: tuple[int, Prefix] | None = None
+    prefix_bytes = 0
     for (w, members), counts in ranks.lockstep(jobs):
         if not ranks.all(known is not None and known[0] == w):
-            known = (w, lm.encode_prefix(windows[w].token_ids))
+            known = (w, lm.encode_prefix(windows[w].token_ids, config.prefix))
+            prefix_bytes = max(prefix_bytes, known[1].nbytes)
         token_ids = [sequences[i].token_ids for i in members]
         input_ids, lengths = pack(token_ids, [], lm.device)
         packed = PackedSequences(lengths, prefixes=[(known[1], len(members))], device=lm.device)
@@ -188,7 +191,8 @@ def teach(
             writer.write(members, targets)
             advance(len(members))
         if not ranks.all(writer.error is None):
-            return
+            break
+    return prefix_bytes
 
 
 def top_k_log_probs(
