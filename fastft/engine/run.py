@@ -71,12 +71,7 @@ def run(config: Config) -> dict[str, Any]:
     )
 
     with clock.measure("teach"):
-        store, found = teach(config, base, prepared, ranks, out)
-    out.line(
-        f"teach      {store.offsets[-1]:,} {config.distill.targets} targets, {store.nbytes / 2**20:.1f} MiB, "
-        + ("found in " if found else "written to ")
-        + str(store.folder)
-    )
+        store = teach(config, base, prepared, ranks, out)
 
     with clock.measure("evaluate_base"):
         before = evaluate_base(config, base, prepared, ranks, out)
@@ -150,6 +145,7 @@ def run_evaluation(
             base.text,
             ranks,
             in_context=in_context,
+            placement=config.distill.prefix,
             batch_size=config.evaluate.batch_size,
             max_new_tokens=config.evaluate.max_new_tokens if answers and config.evaluate.answers else None,
             advance=phase.advance,

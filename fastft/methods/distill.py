@@ -12,7 +12,7 @@ computed once, before training (`teach`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 
@@ -20,7 +20,7 @@ from fastft.config import Config, DistillConfig
 from fastft.data.sequences import Sequence, Window, answer_tokens, pack, question_prompt
 from fastft.data.store import StoreWriter, TeacherStore
 from fastft.distributed import Ranks
-from fastft.models.attention import PackedSequences
+from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
@@ -48,7 +48,7 @@ def write_questions(
         return study.openings[i // len(sentences) % len(study.openings)]
 
     # The examples stand in front of every prompt: they are encoded once, with the window.
-    prefix = lm.encode_prefix((*window.token_ids, *text.encode(study.examples)))
+    prefix = lm.encode_prefix((*window.token_ids, *text.encode(study.examples)), config.distill.prefix)
     size = config.evaluate.batch_size
     found: dict[int, tuple[str, str]] = {}
     for start, counts in ranks.lockstep(list(range(0, study.count, size))):
@@ -150,22 +150,30 @@ def teach(
     writer: StoreWriter,
     ranks: Ranks,
     *,
+    present: Container[int] = (),
     batch_size: int,
     advance: Advance,
-) -> None:
+) -> int:
     """Run the teacher on every sequence behind its window and hand the targets to `writer`.
 
-    Each window's keys and values are computed once per batch of its sequences and shared by all of them.
+    present: what the store has already. The batches are dealt before it is left out, so that a teach phase that goes on
+    computes what one that was never stopped does. Each window's keys and values are computed once on every rank, and
+    shared by all of its sequences; returns the bytes of the largest. Ends early where a rank cannot write
+    (`writer.error` says why).
     """
     jobs = []
     for w in range(len(windows)):
         members = [i for i, s in enumerate(sequences) if s.window == w]
-        jobs += [(w, members[i : i + batch_size]) for i in range(0, len(members), batch_size)]
+        batches = (members[i : i + batch_size] for i in range(0, len(members), batch_size))
+        missing = ([i for i in batch if i not in present] for batch in batches)
+        jobs += [(w, batch) for batch in missing if batch]
     k = min(config.top_k, lm.head.weight.shape[0])
-    known: tuple[int, object] | None = None
+    known: tuple[int, Prefix] | None = None
+    prefix_bytes = 0
     for (w, members), counts in ranks.lockstep(jobs):
-        if known is None or known[0] != w or ranks.world_size > 1:
-            known = (w, lm.encode_prefix(windows[w].token_ids))
+        if not ranks.all(known is not None and known[0] == w):
+            known = (w, lm.encode_prefix(windows[w].token_ids, config.prefix))
+            prefix_bytes = max(prefix_bytes, known[1].nbytes)
         token_ids = [sequences[i].token_ids for i in members]
         input_ids, lengths = pack(token_ids, [], lm.device)
         packed = PackedSequences(lengths, prefixes=[(known[1], len(members))], device=lm.device)
@@ -180,11 +188,11 @@ def teach(
             ids, log_probs = lm(input_ids, packed, lambda h, weight, at=at: top_k_log_probs(h[at], weight, k))
             targets = {"topk_ids": ids, "topk_log_probs": log_probs}
         if counts:
-            sizes = [len(r) for r in rows]
-            split = {name: value.split(sizes) for name, value in targets.items()}
-            for n, i in enumerate(members):
-                writer.write(i, {name: parts[n] for name, parts in split.items()})
+            writer.write(members, targets)
             advance(len(members))
+        if not ranks.all(writer.error is None):
+            break
+    return prefix_bytes
 
 
 def top_k_log_probs(

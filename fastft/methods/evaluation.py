@@ -82,9 +82,11 @@ def evaluate(
     in_context: bool,
     batch_size: int,
     max_new_tokens: int | None = None,
+    placement: str = "device",
     advance: Advance = lambda n: None,
 ) -> list[Scores]:
-    """Scores of each question set. max_new_tokens: also generate greedy answers of that length.
+    """Scores of each question set. max_new_tokens: also generate greedy answers of that length; placement: of the
+    contexts' keys and values (`models.attention.Prefix`).
 
     In context, a document of several windows is scored for each question in the window that suits it best (the
     highest likelihood of the gold answers): an upper bound on what retrieval of one window could give.
@@ -99,7 +101,7 @@ def evaluate(
         owner = [q - begin for q in span for _ in questions.answers[q]]
         best: torch.Tensor | None = None
         for window in questions.windows if in_context else [None]:
-            prefix = None if window is None else lm.encode_prefix(window.token_ids)
+            prefix = None if window is None else lm.encode_prefix(window.token_ids, placement)
             nll = torch.cat(
                 [
                     answer_nll(lm, pairs[i : i + batch_size], prefix=prefix, leading=text.leading)

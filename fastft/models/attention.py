@@ -22,27 +22,93 @@ C prefix length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "fastft"
 
+PLACEMENTS = ("device", "host", "int8")
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass
 class Prefix:
-    """Keys and values of one context: per layer k, v [1, G, C, D]; positions 0..C-1 are taken."""
+    """Keys and values of one context, positions 0..C-1: per layer k, v [1, G, C, D].
 
-    length: int = 0
-    layers: dict[int, KeyValue] = field(default_factory=dict)
+    placement: where they live between uses.
+        device  as they are
+        host    in the CPU's memory, pinned; the next layer is copied while this one computes, so at most two are on the
+                device. Without a GPU the same as device
+        int8    on the device with one float32 scale per key and value vector, x ~ round(x / s) * s, s = max|x| / 127:
+                an error of at most s / 2 an element, (D + 4) bytes a vector
+    """
+
+    def __init__(self, placement: str = "device"):
+        if placement not in PLACEMENTS:
+            raise ValueError(f"Prefix: placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
+        self.placement = placement
+        self.length = 0
+        self._layers: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._dtype: torch.dtype | None = None  # int8: what to give back
+        self._device: torch.device | None = None  # host: where to copy to; None where they need no copy
+        self._stream: torch.cuda.Stream | None = None
+        self._copies: dict[int, tuple[KeyValue, torch.cuda.Event]] = {}  # host: layers on their way to the device
+
+    def put(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep the keys and values of a layer, [1, G, C, D] each; layers come in the order of the forward."""
+        self.length = k.shape[2]
+        if self.placement == "int8":
+            self._dtype = k.dtype
+            self._layers[layer] = (*_quantize(k), *_quantize(v))
+        elif self.placement == "host" and k.is_cuda:
+            self._device = k.device
+            self._layers[layer] = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x) for x in (k, v))
+        else:
+            self._layers[layer] = (k.contiguous(), v.contiguous())
+
+    def fetch(self, layer: int) -> KeyValue:
+        """Keys and values of a layer on the device, in the model's dtype."""
+        kept = self._layers[layer]
+        if self.placement == "int8":
+            k, k_scale, v, v_scale = kept
+            return _dequantize(k, k_scale, self._dtype), _dequantize(v, v_scale, self._dtype)
+        if self._device:
+            return self._fetch_from_host(layer)
+        return kept
+
+    def _fetch_from_host(self, layer: int) -> KeyValue:
+        if layer not in self._copies:
+            self._start_copy(layer)
+        copied, done = self._copies.pop(layer)
+        order = list(self._layers)
+        self._start_copy(order[(order.index(layer) + 1) % len(order)])
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(done)
+        for x in copied:
+            x.record_stream(current)  # allocated on the other stream, whose next copy must not take its memory
+        return copied
+
+    def _start_copy(self, layer: int) -> None:
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._stream):
+            copied = tuple(x.to(self._device, non_blocking=True) for x in self._layers[layer])
+            self._copies[layer] = (copied, self._stream.record_event())
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for kv in self.layers.values() for t in kv)
+        """Bytes that are kept, wherever they are."""
+        return sum(x.nbytes for kept in self._layers.values() for x in kept)
+
+
+def _quantize(x: torch.Tensor) -> KeyValue:
+    """x [..., D] -> int8 [..., D] and float32 scales [..., 1], symmetric by the largest magnitude of each vector."""
+    scale = x.abs().amax(-1, keepdim=True).float() / 127
+    return torch.round(x / scale.clamp_min(torch.finfo(torch.float32).tiny)).to(torch.int8), scale
+
+
+def _dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (x * scale).to(dtype)
 
 
 class DecodeCache:
@@ -260,7 +326,7 @@ def _attend_prefix(q: torch.Tensor, packed: PackedSequences, layer: int, scale: 
     for prefix, count in packed.prefixes:
         stop = start + sum(packed.lengths[sequence : sequence + count])
         q_group = q[:, :, start:stop]
-        k, v = prefix.layers[layer]
+        k, v = prefix.fetch(layer)
         heads, tokens, dim = q_group.shape[1:]
         rows = q_group.reshape(1, k.shape[1], heads // k.shape[1] * tokens, dim)
         out, lse = attention_with_lse(rows, k, v, scale=scale)
@@ -315,7 +381,7 @@ def packed_attention(
         raise ValueError('attention "fastft" needs packed=PackedSequences(...) in the model call')
     layer = module.layer_idx
     if packed.capture is not None:
-        packed.capture.layers[layer] = (key.detach().contiguous(), value.detach().contiguous())
+        packed.capture.put(layer, key.detach(), value.detach())
     if packed.prefixes is None and packed.cache is None:
         # Padding is on the right, so the causal mask hides it from every real token.
         out = causal_attention(

@@ -62,10 +62,9 @@ class PackedCausalLM(nn.Module):
         return self.model.device
 
     @torch.no_grad()
-    def encode_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
-        """Keys and values of a context, to be shared by all that follows it."""
-        prefix = Prefix()
+    def encode_prefix(self, token_ids: tuple[int, ...], placement: str = "device") -> Prefix:
+        """Keys and values of a context, to be shared by all that follows it; placement: see `Prefix`."""
+        prefix = Prefix(placement)
         packed = PackedSequences([len(token_ids)], capture=prefix, device=self.device)
         self(torch.tensor(token_ids, device=self.device)[None], packed)
-        prefix.length = len(token_ids)
         return prefix

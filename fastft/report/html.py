@@ -1,4 +1,4 @@
-"""report.html: one self-contained file with the result, the training curve and the configuration."""
+"""report.html: one self-contained file with the result, the plots of training and the configuration."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from fastft.config import Config
+from fastft.report.plot import Level, as_file, line_plot
 from fastft.report.table import before_after_rows, number
 
 STYLE = """
-:root{color-scheme:light dark;--line:#8884;--accent:#2a6fdb}
+:root{color-scheme:light dark;--line:#8884}
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.3rem .9rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left}
-svg{width:100%;height:auto}svg text{font-size:12px;fill:currentColor}
+svg{width:100%;height:auto}
 pre{background:#8881;padding:1rem;overflow-x:auto;border-radius:6px}
 """
 
 
 def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
-    """Write <folder>/report.html from the summary and <folder>/metrics.jsonl."""
+    """Write <folder>/report.html and its first plot as nll.svg, from the summary and <folder>/metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [m for m in map(json.loads, lines) if "loss" in m]
+    metrics = [json.loads(line) for line in lines]
+    losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     heads, rows = before_after_rows(summary)
     parts = [
         f"<h1>{_text(config.model.name_or_path)}: context distillation</h1>",
@@ -34,9 +36,21 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
         "<p>NLL: negative log-likelihood of the gold answers in nats per token. Recovery: the share of the context's "
         "effect that the trained parameters hold; 0 learned nothing, 1 equals the prompt. Control: the same for "
         "questions about other documents; near 0 means that this document was learned, and not how answers look.</p>",
-        "<h2>Training loss</h2>",
-        curve([(m["step"], m["loss"]) for m in steps], "step", "KL, nats per position"),
     ]
+    if rows:
+        plot = nll_plot(summary, metrics)
+        (folder / "nll.svg").write_text(as_file(plot), encoding="utf-8")
+        parts += ["<h2>Unseen questions</h2>", plot]
+        if not any("evaluated_nll" in m for m in metrics):
+            parts.append(
+                "<p>Measured before and after training only; <code>train.eval_every=5</code> measures every fifth step "
+                "too.</p>"
+            )
+    parts.append("<h2>Training loss</h2>")
+    if len(losses) > 1:
+        parts.append(line_plot(losses, x_label="optimizer steps", y_label="KL, nats per position", from_zero=True))
+    else:
+        parts.append("<p>One step makes no plot.</p>")
     if len(summary.get("documents", [])) > 1:
         parts += [
             "<h2>Documents</h2>",
@@ -79,28 +93,19 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
-    """A line plot as inline SVG."""
-    if len(points) < 2:
-        return "<p>Too few steps for a plot.</p>"
-    width, height, left, bottom = 800, 280, 60, 40
-    xs, ys = zip(*points, strict=True)
-    x0, x1, y1 = min(xs), max(xs), max(ys)
-
-    def at(x: float, y: float) -> str:
-        return (
-            f"{left + (width - left - 10) * (x - x0) / (x1 - x0):.1f},"
-            f"{(height - bottom) - (height - bottom - 10) * y / (y1 or 1):.1f}"
-        )
-
-    line = " ".join(at(x, y) for x, y in points)
-    ticks = "".join(
-        f'<text x="{left - 8}" y="{float(at(x0, y1 * f).split(",")[1]) + 4:.1f}" text-anchor="end">{y1 * f:.2f}</text>'
-        for f in (0, 0.5, 1)
-    )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(y_label)} against {_text(x_label)}">'
-        f'<polyline points="{at(x0, y1)} {at(x0, 0)} {at(x1, 0)}" fill="none" stroke="currentColor" opacity=".4"/>'
-        f'<polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="2"/>{ticks}'
-        f'<text x="{left}" y="{height - 8}">{_text(x_label)} {x0:g} to {x1:g}; {_text(y_label)}</text></svg>'
+def nll_plot(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """NLL of the unseen questions against steps, between what the base says without and with the context."""
+    between = [(m["step"], m["evaluated_nll"]) for m in metrics if "evaluated_nll" in m]
+    points = [(0, summary["nll_no_context"]), *between, (summary["steps"], summary["nll_student"])]
+    return line_plot(
+        points,
+        x_label="optimizer steps",
+        y_label="NLL, nats per answer token",
+        name="trained",
+        levels=(
+            Level(summary["nll_no_context"], "no context", "#8a8f98"),
+            Level(summary["nll_teacher"], "in context", "#1f9d67"),
+        ),
+        markers=True,
+        dashed=not between,
     )

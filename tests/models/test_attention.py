@@ -171,3 +171,45 @@ def test_errors_name_what_is_wrong(model):
         PackedSequences([3, 1], prefixes=[(Prefix(), 1)])
     with pytest.raises(ValueError, match="packed=PackedSequences"):
         model.get_decoder()(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", [d for d in ("cpu", "cuda") if d == "cpu" or torch.cuda.is_available()])
+def test_a_prefix_in_host_memory_changes_nothing(model, device):
+    """Several forwards: the copy of the first layer is started at the end of the one before."""
+    if device == "cuda":
+        model = model.float().to(device)
+    context, *queries = (t.to(device) for t in tokens(17, 5, 9))
+    prefixes = []
+    for placement in ("device", "host"):
+        prefixes.append(Prefix(placement))
+        run(model, [context], PackedSequences([17], capture=prefixes[-1], device=device))
+    for _ in range(3):
+        kept, copied = (
+            run(model, queries, PackedSequences([5, 9], prefixes=[(p, 2)], device=device)) for p in prefixes
+        )
+        assert torch.equal(kept, copied)
+    assert prefixes[0].nbytes == prefixes[1].nbytes > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_an_int8_prefix_is_within_half_a_step(dtype):
+    generator = torch.Generator().manual_seed(3)
+    k = torch.randn(1, 2, 33, 8, generator=generator).to(dtype)
+    v = 100 * torch.randn(1, 2, 33, 8, generator=generator).to(dtype)
+    k[0, 0, 5], v[0, 1, 7] = 0, 0  # a vector of zeros stays one
+    k[0, 0, 6, 2] = 3e4
+    prefix = Prefix("int8")
+    prefix.put(0, k, v)
+    for exact, kept in zip((k, v), prefix.fetch(0), strict=True):
+        assert kept.dtype == dtype
+        step = exact.double().abs().amax(-1, keepdim=True) / 127
+        rounding = exact.double().abs() * (torch.finfo(dtype).eps + torch.finfo(torch.float32).eps)
+        assert bool(((kept.double() - exact.double()).abs() <= step / 2 * (1 + 1e-5) + rounding).all())
+    assert torch.equal(prefix.fetch(0)[0][0, 0, 5], k[0, 0, 5]) and torch.equal(prefix.fetch(0)[1][0, 1, 7], v[0, 1, 7])
+    assert prefix.length == 33 and prefix.nbytes == 2 * 2 * 33 * (8 + 4)
+
+
+def test_a_placement_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="placement is 'disk', expected one of device, host, int8"):
+        Prefix("disk")
