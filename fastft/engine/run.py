@@ -70,19 +70,21 @@ def run(config: Config) -> dict[str, Any]:
         + f" sequences, {tokens:,} tokens"
     )
 
-    with clock.measure("teach"):
-        store, found = teach(config, base, prepared, ranks, out)
-    out.line(
-        f"teach      {store.offsets[-1]:,} {config.distill.targets} targets, {store.nbytes / 2**20:.1f} MiB, "
-        + ("found in " if found else "written to ")
-        + str(store.folder)
-    )
+    store, online = None, config.distill.teacher == "online"
+    if not online:
+        with clock.measure("teach"):
+            store, found = teach(config, base, prepared, ranks, out)
+        out.line(
+            f"teach      {store.offsets[-1]:,} {config.distill.targets} targets, {store.nbytes / 2**20:.1f} MiB, "
+            + ("found in " if found else "written to ")
+            + str(store.folder)
+        )
 
     with clock.measure("evaluate_base"):
         before = evaluate_base(config, base, prepared, ranks, out)
 
     torch.manual_seed(config.seed)
-    trained = peft.inject(base.lm.model, config.peft)
+    trained = peft.inject(base.lm.model, config.peft, keep_base=online)
     number, total_number = (sum(p.numel() for p in group) for group in (trained.values(), base.lm.parameters()))
     out.line(
         f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "
