@@ -70,8 +70,8 @@ def run(config: Config) -> dict[str, Any]:
         + f" sequences, {tokens:,} tokens"
     )
 
-    store, online = None, config.distill.teacher == "online"
-    if not online:
+    store = None
+    if config.distill.teacher == "stored":
         with clock.measure("teach"):
             store, found = teach(config, base, prepared, ranks, out)
         out.line(
@@ -84,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
         before = evaluate_base(config, base, prepared, ranks, out)
 
     torch.manual_seed(config.seed)
-    trained = peft.inject(base.lm.model, config.peft, keep_base=online)
+    trained = peft.inject(base.lm.model, config.peft)
     number, total_number = (sum(p.numel() for p in group) for group in (trained.values(), base.lm.parameters()))
     out.line(
         f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "

@@ -13,15 +13,14 @@ from fastft.peft.switch import adapter_off
 __all__ = ["adapter_off", "bitfit", "inject", "lora", "save_adapter"]
 
 
-def inject(model: PreTrainedModel, config: PeftConfig, *, keep_base: bool = False) -> dict[str, nn.Parameter]:
+def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter]:
     """Make the configured parameters of a frozen model trainable and return them by their name in `model`.
 
-    keep_base: also keep what the model needs to compute as the base under `adapter_off`.
     Raises ModelError where the model has nothing of the kind asked for.
     """
     if config.kind == "lora":
         return lora.inject(model, r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules)
     if config.kind == "bitfit":
-        return bitfit.inject(model, add_biases=config.add_biases, keep_base=keep_base)
+        return bitfit.inject(model, add_biases=config.add_biases)
     model.requires_grad_(True)
     return dict(model.named_parameters())

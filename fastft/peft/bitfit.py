@@ -14,12 +14,12 @@ from fastft.peft.switch import adapter_is_off
 ZERO_GRADIENT = ("k_proj.bias",)
 
 
-def inject(model: PreTrainedModel, *, add_biases: bool, keep_base: bool = False) -> dict[str, nn.Parameter]:
+def inject(model: PreTrainedModel, *, add_biases: bool) -> dict[str, nn.Parameter]:
     """Make every bias trainable but the key projections'; returns them by name.
 
     add_biases: first give each linear layer without a bias (the head and the key projections apart) a zero one, which
     leaves the model's function as it is.
-    keep_base: keep a copy of the biases as they are now for `peft.adapter_off`.
+    A copy of the biases as they are now is kept for `peft.adapter_off`.
     """
     if add_biases:
         head = model.get_output_embeddings()
@@ -40,8 +40,7 @@ def inject(model: PreTrainedModel, *, add_biases: bool, keep_base: bool = False)
             "zero biases, or use peft.kind=lora"
         )
     for name, parameter in trained.items():
-        if keep_base:
-            _keep_base_bias(model.get_submodule(name.rpartition(".")[0]))
+        _keep_base_bias(model.get_submodule(name.rpartition(".")[0]))
         parameter.requires_grad_(True)
     return trained
 

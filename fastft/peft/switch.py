@@ -12,8 +12,8 @@ _off = False
 def adapter_off() -> Iterator[None]:
     """Within it, the layers that `peft.inject` adapted compute what the frozen base computes.
 
-    LoRA leaves lora_B @ lora_A out; BitFit takes the base's biases, which must have been kept
-    (`inject(..., keep_base=True)`). With all weights trained there is no base left to go back to.
+    LoRA leaves lora_B @ lora_A out; BitFit takes the base's biases, of which it keeps a copy. With all weights trained
+    (peft.kind=full) there is no base to go back to.
     """
     global _off
     before, _off = _off, True

@@ -31,10 +31,10 @@ def model_of(folder: str) -> PackedCausalLM:
     return PackedCausalLM(load_model(folder, dtype="float32"))
 
 
-def adapted(folder: str, kind: str, *, trained_values: bool = True) -> tuple[PackedCausalLM, dict[str, nn.Parameter]]:
+def adapted(folder: str, kind: str) -> tuple[PackedCausalLM, dict[str, nn.Parameter]]:
     """A model whose adapter has moved away from the base."""
     lm = model_of(folder)
-    trained = peft.inject(lm.model, PeftConfig(kind=kind, r=2), keep_base=True)
+    trained = peft.inject(lm.model, PeftConfig(kind=kind, r=2))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in trained.values():
