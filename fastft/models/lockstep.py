@@ -56,9 +56,7 @@ class Lockstep:
         for module in (*lm.layers, *differing):
             self._take_apart(module)
 
-    def run(
-        self, call: Callable[..., R], frozen: list[Pack], trained: Pack, head_fn: Callable[..., R]
-    ) -> R:
+    def run(self, call: Callable[..., R], frozen: list[Pack], trained: Pack, head_fn: Callable[..., R]) -> R:
         """head_fn(hidden of the last frozen pack [T, H], hidden of the trained pack [T, H], head weight [V, H]).
 
         call: the model, or the engine around it. Only the trained pack's hidden states have a gradient.
