@@ -211,11 +211,13 @@ class DistillConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _topk_is_forward(self):
-        if self.targets == "topk" and (self.direction != "forward" or self.temperature != 1.0):
+    def _topk_divergence(self):
+        if self.targets == "topk" and self.direction != "forward":
+            raise ValueError(f"targets=topk supports direction=forward, got {self.direction}; use targets=hidden")
+        if self.targets == "topk" and self.temperature != 1.0 and self.tail:
             raise ValueError(
-                "targets=topk stores the teacher's top-k at temperature 1 and supports direction=forward with "
-                f"temperature=1.0, got direction={self.direction}, temperature={self.temperature}; use targets=hidden"
+                f"a top-k store holds the tail's mass at temperature 1, from which that at {self.temperature:g} does "
+                "not follow; set tail=false to match the k tokens among themselves, or use targets=hidden"
             )
         return self
 

@@ -251,7 +251,13 @@ def loss_fn(
         if config.targets == "hidden":
             return hidden_divergence(hidden, targets["hidden"], weight, config)
         return linear_topk_kl(
-            hidden, weight, targets["topk_ids"], targets["topk_log_probs"], tail=config.tail, reduction="sum"
+            hidden,
+            weight,
+            targets["topk_ids"],
+            targets["topk_log_probs"],
+            tail=config.tail,
+            temperature=config.temperature,
+            reduction="sum",
         )
 
     return lm(input_ids, PackedSequences(lengths, device=lm.device), divergence)
