@@ -47,7 +47,8 @@ class OnlineTeacher:
         for w, members in groupby(sequences, key=lambda s: s.window):
             prefix = self.contexts.get(w)
             if prefix is None:
-                prefix = new[w] = Prefix(len(self.windows[w].token_ids))
+                prefix = new[w] = Prefix()
+                prefix.length = len(self.windows[w].token_ids)
             groups.append((prefix, len(list(members))))
 
         frozen = []

@@ -47,7 +47,9 @@ def adapted(build, kind: str = "lora") -> PackedCausalLM:
 def test_pass(lm: PackedCausalLM, *, seed: int = 5):
     """(teacher's, student's hidden states) of one lockstep pass: two contexts, two sequences behind each."""
     first, second, *queries = tokens(17, 11, 5, 9, 1, 7)
-    prefixes = [Prefix(17), Prefix(11)]
+    prefixes = [Prefix(), Prefix()]
+    for prefix, context in zip(prefixes, (first, second), strict=True):
+        prefix.length = len(context)
     frozen = [(c[None], PackedSequences([len(c)], capture=p)) for c, p in zip((first, second), prefixes, strict=True)]
     ids, lengths = torch.cat(queries)[None], [5, 9, 1, 7]
     frozen.append((ids, PackedSequences(lengths, prefixes=[(p, 2) for p in prefixes])))
