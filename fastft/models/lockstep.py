@@ -1,9 +1,9 @@
 """The frozen base and the adapted model in one pass through the decoder.
 
 The teacher is the same model as the student, with the adapter off, so a layer's weights can serve both while they are
-there: under ZeRO-3 they are gathered once, quantised ones are read from memory once. All rows of a pass lie end to end
-[1, T1 + T2 + ...] and go through the decoder's own code together; only where the two differ they are taken apart. Each
-decoder layer, and what is adapted or drops out besides, runs its parts one after the other
+there: ZeRO-3 gathers them once, parameter offload copies them once. All rows of a pass lie end to end, [1, T1 + T2 +
+...], and go through the decoder's own code together; only where the two differ are they taken apart. Each decoder
+layer, and what is adapted or drops out besides, runs its parts one after the other
 
     contexts     no gradient, adapter off, no dropout; their keys and values are captured
     teacher      the same, behind the contexts (which this layer has captured a moment ago, or an earlier pass has)
@@ -112,7 +112,7 @@ def _split(value: Any, sizes: list[int]) -> list[Any]:
 
     The last share is a copy where it has a gradient: saved for backward, it does not keep the others' rows alive.
     """
-    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == sum(sizes):
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (1, sum(sizes)):
         *frozen, trained = value.split(sizes, 1)
         return [*frozen, trained.clone() if trained.requires_grad else trained]
     if isinstance(value, tuple):
