@@ -9,7 +9,8 @@ layer, and what is adapted or drops out besides, runs its parts one after the ot
     teacher      the same, behind the contexts (which this layer has captured a moment ago, or an earlier pass has)
     student      with gradient, adapter on, dropout as the model is set
 
-and joins the results. Backward reaches the student's rows alone: every other layer does nothing for the rest.
+and joins the results. Backward reaches the student's rows alone; only a final norm that is the same for both goes over
+the others too, whose gradient is zero.
 """
 
 from __future__ import annotations
