@@ -173,6 +173,11 @@ class QueriesConfig(Section):
 
 
 class DistillConfig(Section):
+    teacher: Literal["stored", "online"] = Field(
+        "stored",
+        description="stored: every target once, before training, on disk; online: computed in each step, in the "
+        "student's own pass, nothing stored",
+    )
     targets: Literal["hidden", "topk"] = Field(
         "hidden", description="what is stored of the teacher: final hidden states (exact) or top-k log-probs"
     )
@@ -189,13 +194,35 @@ class DistillConfig(Section):
         description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
         "memory, a layer copied while another computes; or on the device as int8",
     )
+    context_cache_gib: NonNegativeFloat = Field(
+        2.0, description="online: encoded contexts that each process keeps between steps, the last used ones, in GiB"
+    )
+    on_policy: Fraction = Field(
+        0.0,
+        description="online: share of the examples whose completion the student writes itself, anew each time (GKD)",
+    )
+    on_policy_tokens: PositiveInt = Field(64, description="on_policy: longest completion; it ends with its line")
+    on_policy_temperature: NonNegativeFloat = Field(1.0, description="on_policy: sampling temperature; 0 is greedy")
 
     @model_validator(mode="after")
-    def _topk_is_forward(self):
-        if self.targets == "topk" and (self.direction != "forward" or self.temperature != 1.0):
+    def _online(self):
+        if self.teacher == "online" and self.targets == "topk":
+            raise ValueError("targets=topk is what a store holds; with teacher=online use targets=hidden")
+        if self.teacher == "stored" and self.on_policy:
             raise ValueError(
-                "targets=topk stores the teacher's top-k at temperature 1 and supports direction=forward with "
-                f"temperature=1.0, got direction={self.direction}, temperature={self.temperature}; use targets=hidden"
+                f"on_policy={self.on_policy:g} needs teacher=online: what the student will write cannot be scored "
+                "before training"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _topk_divergence(self):
+        if self.targets == "topk" and self.direction != "forward":
+            raise ValueError(f"targets=topk supports direction=forward, got {self.direction}; use targets=hidden")
+        if self.targets == "topk" and self.temperature != 1.0 and self.tail:
+            raise ValueError(
+                f"a top-k store holds the tail's mass at temperature 1, from which that at {self.temperature:g} does "
+                "not follow; set tail=false to match the k tokens among themselves, or use targets=hidden"
             )
         return self
 
@@ -287,6 +314,15 @@ class Config(Section):
             raise ValueError("queries: document_only needs passages (stride > 0) or self_study (count > 0)")
         if self.overwrite and self.resume == "auto":
             raise ValueError("overwrite=true and resume=auto exclude each other; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _online_teacher_has_a_base(self):
+        if self.method == "distill" and self.distill.teacher == "online" and self.peft.kind == "full":
+            raise ValueError(
+                "distill.teacher=online computes the teacher from the frozen base, which peft.kind=full does not keep; "
+                "use distill.teacher=stored"
+            )
         return self
 
     def dump(self) -> str:

@@ -141,9 +141,13 @@ def prepare(
                 ]
     if not sequences:
         raise DataError("there is nothing to train on: the documents gave no passages and the teacher no questions")
-    longest = max(len(s.token_ids) for s in sequences) + len(text.leading)
+    sampled = distill.sampled_tokens(config.distill)
+    longest = max(max(len(s.token_ids), len(s.prompt) + sampled) for s in sequences) + len(text.leading)
     if positions is not None and longest > positions:
-        raise DataError(f"a query takes {longest} tokens, the model holds {positions}; shorten queries.passages.tokens")
+        raise DataError(
+            f"a query takes {longest} tokens, the model holds {positions}; shorten "
+            "queries.passages.tokens or distill.on_policy_tokens"
+        )
     return Prepared(windows, sequences, evaluated, control)
 
 

@@ -70,8 +70,10 @@ def run(config: Config) -> dict[str, Any]:
         + f" sequences, {tokens:,} tokens"
     )
 
-    with clock.measure("teach"):
-        store = teach(config, base, prepared, ranks, out)
+    store = None
+    if config.distill.teacher == "stored":
+        with clock.measure("teach"):
+            store = teach(config, base, prepared, ranks, out)
 
     with clock.measure("evaluate_base"):
         before = evaluate_base(config, base, prepared, ranks, out)

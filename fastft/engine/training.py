@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastft.config import Config
-from fastft.data.sequences import batches
+from fastft.data.sequences import Batch, Sequence, batches
 from fastft.data.store import TeacherStore
 from fastft.distributed import Ranks
 from fastft.engine.output import Metrics
@@ -20,6 +20,7 @@ from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.trainer import NonFiniteStep, Trainer, list_checkpoints
 from fastft.errors import Interrupted, NonFiniteLossError
 from fastft.methods import distill
+from fastft.methods.online import OnlineTeacher, sample_completions
 from fastft.ops import raise_deferred_errors
 
 
@@ -48,7 +49,7 @@ def train(
     config: Config,
     trainer: Trainer,
     prepared: Prepared,
-    store: TeacherStore,
+    store: TeacherStore | None,
     base: Base,
     output_dir: Path,
     checkpoint: Path | None,
@@ -59,6 +60,7 @@ def train(
 ) -> dict[str, Any]:
     """The optimizer steps. Returns figures of the whole: steps, last loss, where it resumed from.
 
+    store: the teacher's targets; None where distill.teacher=online computes them in each step.
     Signals stay deferred at the end: the caller has something to save first.
     checkpoint: where to go on from; evaluate: the student's scores, called every train.eval_every steps.
     """
@@ -76,8 +78,14 @@ def train(
         seed=config.seed,
     )
 
+    online = OnlineTeacher(trainer.lm, prepared.windows, config.distill) if store is None else None
+    sampled: dict[int, Sequence] = {}  # on-policy: what the student wrote for this step, by example
+
     def loss_fn(examples: list[int]) -> torch.Tensor:
-        return distill.loss_fn(trainer.engine, prepared.sequences, examples, store, config.distill, base.text.leading)
+        engine, leading = trainer.engine, base.text.leading
+        if online is None:
+            return distill.loss_fn(engine, prepared.sequences, examples, store, config.distill, leading)
+        return online.loss_fn(engine, [sampled.get(i, prepared.sequences[i]) for i in examples], leading)
 
     stop.deferred = True
     loss = float("nan")
@@ -90,6 +98,14 @@ def train(
             if number <= first:
                 continue
             begin = time.monotonic()
+            if config.distill.on_policy:
+                examples = [i for batch in micro_batches for i in batch.examples]
+                sampled = sample_completions(
+                    trainer.lm, prepared.sequences, examples, config, base.text, ranks, step=number
+                )
+                mine = [sampled.get(i, prepared.sequences[i]) for i in examples]
+                total = sum(ranks.gather(sum(len(s.target_positions(config.distill.loss_on)) for s in mine)))
+                micro_batches = [Batch(batch.examples, total) for batch in micro_batches]
             try:
                 result = trainer.step(number, micro_batches, loss_fn, stop.signum is not None)
             except NonFiniteStep as error:

@@ -6,7 +6,7 @@ The teacher is the frozen base with the context, the student the same base witho
 
 The tokens come from the document (its passages), from the teacher (questions that it writes about the document and
 answers), and in the `with_questions` setting from the trained gold questions. The base never changes, so each target is
-computed once, before training (`teach`).
+computed once, before training (`teach`); or, with teacher=online, in every step anew (`methods.online`).
 """
 
 from __future__ import annotations
@@ -93,17 +93,23 @@ def write_questions(
 
 def query_reserve(document: Document, config: Config, text: Text) -> int:
     """Positions that the longest sequence behind a context of this document may take: any query with its answer."""
-    study, needs = config.queries.self_study, [config.queries.passages.tokens]
+    study, sampled = config.queries.self_study, sampled_tokens(config.distill)
+    needs = [config.queries.passages.tokens, config.queries.passages.prompt_tokens + sampled]
     for q in document.questions:
         answer = max(len(answer_tokens(a, config.data, text.encode)) for a in q.answers)
-        needs.append(
-            len(question_prompt(q.text, config.data, text.encode)) + max(answer, config.evaluate.max_new_tokens)
-        )
+        written = max(answer, config.evaluate.max_new_tokens, sampled)
+        needs.append(len(question_prompt(q.text, config.data, text.encode)) + written)
     if study.count:
         sentence = max((len(text.encode(s)) for s in split_sentences(document.text)), default=0)
         asked = len(text.encode(study.examples + max(study.prompt, study.answer_prompt, key=len)))
         needs.append(asked + sentence + study.max_question_tokens + study.max_answer_tokens)
+        needs.append(len(question_prompt("", config.data, text.encode)) + study.max_question_tokens + sampled)
     return max(needs) + 8  # a few spare: the parts joined may tokenise differently
+
+
+def sampled_tokens(config: DistillConfig) -> int:
+    """Tokens of the longest completion that the student writes in training."""
+    return config.on_policy_tokens if config.on_policy else 0
 
 
 def fill(pattern: str, **values: str) -> str:
@@ -174,14 +180,10 @@ def teach(
         if not ranks.all(known is not None and known[0] == w):
             known = (w, lm.encode_prefix(windows[w].token_ids, config.prefix))
             prefix_bytes = max(prefix_bytes, known[1].nbytes)
-        token_ids = [sequences[i].token_ids for i in members]
-        input_ids, lengths = pack(token_ids, [], lm.device)
+        batch = [sequences[i] for i in members]
+        input_ids, lengths = pack([s.token_ids for s in batch], [], lm.device)
         packed = PackedSequences(lengths, prefixes=[(known[1], len(members))], device=lm.device)
-        rows, start = [], 0
-        for i, length in zip(members, lengths, strict=True):
-            rows.append(torch.tensor([start + p for p in sequences[i].target_positions(config.loss_on)]))
-            start += length
-        at = torch.cat(rows).to(lm.device)
+        at = target_rows(batch, config.loss_on, [], lm.device)
         if config.targets == "hidden":
             targets = {"hidden": lm(input_ids, packed)[at]}
         else:
@@ -211,6 +213,32 @@ def top_k_log_probs(
     return torch.cat(ids), torch.cat(log_probs)
 
 
+def target_rows(
+    sequences: list[Sequence], loss_on: str, leading: list[int], device: torch.device | str
+) -> torch.Tensor:
+    """Rows of the pack of these sequences, each behind the leading tokens, whose distributions are matched."""
+    rows, start = [], len(leading)
+    for s in sequences:
+        rows += [start + p for p in s.target_positions(loss_on)]
+        start += len(s.token_ids) + len(leading)
+    return torch.tensor(rows, device=device)
+
+
+def hidden_divergence(
+    student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor, config: DistillConfig
+) -> torch.Tensor:
+    """Divergence summed over rows of final hidden states [T, H] under the head weight [V, H]."""
+    return linear_log_softmax_kl(
+        student,
+        teacher,
+        weight,
+        temperature=config.temperature,
+        direction=config.direction,
+        beta=config.beta,
+        reduction="sum",
+    )
+
+
 def loss_fn(
     lm: PackedCausalLM,
     sequences: list[Sequence],
@@ -220,29 +248,24 @@ def loss_fn(
     leading: list[int],
 ) -> torch.Tensor:
     """Divergence summed over the target positions of the given sequences, in nats (float32 scalar)."""
-    input_ids, lengths = pack([sequences[i].token_ids for i in examples], leading, lm.device)
-    rows, start = [], 0
-    for i, length in zip(examples, lengths, strict=True):
-        rows += [start + len(leading) + p for p in sequences[i].target_positions(config.loss_on)]
-        start += length
-    at = torch.tensor(rows, device=lm.device)
+    batch = [sequences[i] for i in examples]
+    input_ids, lengths = pack([s.token_ids for s in batch], leading, lm.device)
+    at = target_rows(batch, config.loss_on, leading, lm.device)
     parts = [store.rows(i) for i in examples]
     targets = {name: torch.cat([p[name] for p in parts]).to(lm.device) for name in parts[0]}
 
     def divergence(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         hidden = hidden if len(at) == len(hidden) else hidden[at]
         if config.targets == "hidden":
-            return linear_log_softmax_kl(
-                hidden,
-                targets["hidden"],
-                weight,
-                temperature=config.temperature,
-                direction=config.direction,
-                beta=config.beta,
-                reduction="sum",
-            )
+            return hidden_divergence(hidden, targets["hidden"], weight, config)
         return linear_topk_kl(
-            hidden, weight, targets["topk_ids"], targets["topk_log_probs"], tail=config.tail, reduction="sum"
+            hidden,
+            weight,
+            targets["topk_ids"],
+            targets["topk_log_probs"],
+            tail=config.tail,
+            temperature=config.temperature,
+            reduction="sum",
         )
 
     return lm(input_ids, PackedSequences(lengths, device=lm.device), divergence)

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 from fastft.config import PeftConfig
 from fastft.peft import bitfit, lora
 from fastft.peft.files import save_adapter
+from fastft.peft.switch import adapter_off
 
-__all__ = ["bitfit", "inject", "lora", "save_adapter"]
+__all__ = ["adapter_off", "bitfit", "inject", "lora", "save_adapter"]
 
 
 def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter]:

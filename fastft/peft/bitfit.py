@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.errors import ModelError
+from fastft.peft.switch import adapter_is_off
 
 # The key projection's bias adds the same number to all scores of a query, which softmax ignores: its gradient is zero
 # up to rounding, and Adam would turn that rounding into full-size steps.
@@ -18,6 +19,7 @@ def inject(model: PreTrainedModel, *, add_biases: bool) -> dict[str, nn.Paramete
 
     add_biases: first give each linear layer without a bias (the head and the key projections apart) a zero one, which
     leaves the model's function as it is.
+    A copy of the biases as they are now is kept for `peft.adapter_off`.
     """
     if add_biases:
         head = model.get_output_embeddings()
@@ -37,6 +39,29 @@ def inject(model: PreTrainedModel, *, add_biases: bool) -> dict[str, nn.Paramete
             f"peft.kind=bitfit, but {type(model).__name__} has no bias parameters; set peft.add_biases=true to add "
             "zero biases, or use peft.kind=lora"
         )
-    for parameter in trained.values():
+    for name, parameter in trained.items():
+        _keep_base_bias(model.get_submodule(name.rpartition(".")[0]))
         parameter.requires_grad_(True)
     return trained
+
+
+def _keep_base_bias(module: nn.Module) -> None:
+    """Let `module` compute with a copy of its bias of now where the adapter is off.
+
+    The copy is a buffer, which ZeRO-3 leaves whole on every rank; the trained bias is put aside, not overwritten, so
+    what ZeRO-3 does with it goes on as ever.
+    """
+    module.register_buffer("base_bias", module.bias.detach().clone(), persistent=False)
+    trained_forward = module.forward
+
+    def forward(*args, **kwargs):
+        if not adapter_is_off():
+            return trained_forward(*args, **kwargs)
+        parameters = module._parameters  # ZeRO-3 puts a dictionary of its own there
+        trained, parameters["bias"] = parameters["bias"], module.base_bias
+        try:
+            return trained_forward(*args, **kwargs)
+        finally:
+            parameters["bias"] = trained
+
+    module.forward = forward

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.errors import ModelError
-from fastft.ops import lora_linear, lora_linears
+from fastft.ops import frozen_weight, lora_linear, lora_linears
+from fastft.peft.switch import adapter_is_off
 
 # Siblings that models call one after the other with the same input.
 SHARED_INPUT = (
@@ -36,6 +37,9 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if adapter_is_off():
+            rows = x.reshape(-1, self.in_features)
+            return frozen_weight.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
         return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias)

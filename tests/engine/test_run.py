@@ -181,10 +181,11 @@ def test_full_fine_tuning_saves_a_model_that_loads(base_config, launch):
     assert pairs and any(not torch.equal(a, b) for a, b in pairs)
 
 
-def test_topk_targets_with_all_tokens_equal_hidden_targets(base_config, launch, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"tail": False, "temperature": 2.0}])
+def test_topk_targets_with_all_tokens_equal_hidden_targets(base_config, launch, tmp_path, options):
     """k = V: the top-k store holds the whole distribution, so the losses are those of the exact store."""
     found = []
-    for name, distill in (("hidden", {}), ("topk", {"targets": "topk", "top_k": 400})):
+    for name, distill in (("hidden", options), ("topk", {"targets": "topk", "top_k": 400, **options})):
         raw = {**base_config(), "distill": distill, "output_dir": str(tmp_path / name)}
         ok(launch(raw))
         found.append(torch.tensor(losses(Path(raw["output_dir"]))))
