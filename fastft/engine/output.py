@@ -14,7 +14,7 @@ from fastft.distributed import Ranks
 from fastft.engine.trainer import list_checkpoints
 from fastft.errors import FastftError
 
-RESULTS = ("adapter", "checkpoints", "metrics.jsonl", "summary.json", "report.html")
+RESULTS = ("adapter", "checkpoints", "metrics.jsonl", "summary.json", "report.html", "predictions.jsonl")
 
 
 def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:

@@ -159,6 +159,22 @@ def token_f1(answer: str, gold: str) -> float:
     return 2 * common / (len(a) + len(g))
 
 
+def accuracy(predicted: list[int], gold: list[int]) -> float:
+    return sum(p == g for p, g in zip(predicted, gold, strict=True)) / len(gold)
+
+
+def matthews_correlation(predicted: list[int], gold: list[int]) -> float:
+    """Matthews' correlation coefficient over any number of labels: 1 all right, 0 as good as one constant label.
+
+    (n c - sum_k p_k g_k) / sqrt((n^2 - sum_k p_k^2) (n^2 - sum_k g_k^2)) with c right of n and label counts p, g;
+    0 where one of the two is constant (Gorodkin 2004, doi 10.1016/j.compbiolchem.2004.09.006).
+    """
+    n, right = len(gold), sum(p == g for p, g in zip(predicted, gold, strict=True))
+    p, g = Counter(predicted), Counter(gold)
+    spread = (n * n - sum(v * v for v in p.values())) * (n * n - sum(v * v for v in g.values()))
+    return (n * right - sum(p[k] * g[k] for k in g)) / spread**0.5 if spread else 0.0
+
+
 def total(scores: list[Scores]) -> dict[str, float]:
     """Means over several documents: nll per gold-answer token, F1 and exact match per question."""
     tokens, questions = sum(s.answer_tokens for s in scores), sum(s.questions for s in scores)

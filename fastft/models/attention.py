@@ -350,7 +350,7 @@ def packed_attention(
         )
         return _unpad(out, packed), None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-        raise RuntimeError("packed_attention: prefixes, branches and decode caches take no gradient; use torch.no_grad()")
+        raise RuntimeError("packed_attention: prefixes, branches, decode caches take no gradient; use torch.no_grad()")
     if packed.cache is not None:
         own, own_lse = _attend_cached(query, key, value, packed, layer, scaling)
     else:
