@@ -63,7 +63,8 @@ def read_rows(
         return _local_rows(Path(root).expanduser() / task, split)
     if hub is None:
         raise DataError(
-            f"data.task={task} is not on the hub: set data.root or FASTFT_DATA to a folder with {task}/{split}.jsonl[.gz]"
+            f"data.task={task} is not on the hub: set data.root or FASTFT_DATA to a folder with "
+            f"{task}/{split}.jsonl[.gz]"
         )
     return _hub_rows(task, hub, hub_split or split)
 

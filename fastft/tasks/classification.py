@@ -1,7 +1,7 @@
 """What a classification task gives: labelled examples, patterns that write them as text, and a metric.
 
 A *pattern* turns an example into a query, its *verbalizer* a label into the words that follow the query (Schick and
-Schuetze 2021, arXiv 2001.07676). Demonstrations are queries with their label words, in front of the query that is asked.
+Schuetze 2021, arXiv 2001.07676). Demonstrations are queries with their label words, in front of the one that is asked.
 """
 
 from __future__ import annotations
