@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 
 from fastft import __version__
 from fastft.config import describe, load_config
-from fastft.errors import FastftError, Interrupted
+from fastft.errors import ConfigError, FastftError, Interrupted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +34,16 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
     train.set_defaults(function=_train)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a classification config (method: icl), without writing anything",
+        usage="fastft evaluate --cfg FILE [--json] [key.sub=value ...]",
+    )
+    evaluate.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    evaluate.add_argument("--json", action="store_true", help="print the summary as JSON; all else goes to stderr")
+    evaluate.add_argument("--debug", action="store_true", help="show tracebacks")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
+    evaluate.set_defaults(function=_evaluate)
     doctor = commands.add_parser("doctor", help="what is built and installed, and what will be used")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
@@ -81,6 +93,26 @@ def _train(arguments: argparse.Namespace) -> int:
     from fastft.engine.run import run
 
     run(config)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.cfg, arguments.overrides)
+    if config.method != "icl":
+        raise ConfigError(
+            f"fastft evaluate: {arguments.cfg} has method={config.method}, whose run evaluates itself (fastft train); "
+            "expected method=icl"
+        )
+    with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+        print(f"fastft     {config.method}: {arguments.cfg}", flush=True)
+        from fastft.engine.quiet import quiet
+
+        quiet()
+        from fastft.engine.icl import evaluate_in_context
+
+        summary = evaluate_in_context(config, keep=False)
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
     return 0
 
 

@@ -57,9 +57,15 @@ class WindowConfig(Section):
     enabled: bool = Field(True, description="split a longer document into windows; false: refuse it")
 
 
+DocumentTask = Literal["documents", "narrativeqa"]
+ClassificationTask = Literal[
+    "rte", "mnli", "mnli_binary", "hans", "qqp", "paws_qqp", "cola", "cola_ood", "commonsense_qa"
+]
+
+
 class DataConfig(Section):
-    task: Literal["documents", "narrativeqa"] = Field(
-        "documents", description="where documents and questions come from"
+    task: DocumentTask | ClassificationTask = Field(
+        "documents", description="where documents and questions, or labelled examples, come from"
     )
     path: str | None = Field(
         None,
@@ -70,6 +76,12 @@ class DataConfig(Section):
         description="folder with local copies of datasets (<root>/<task>/<split>.jsonl[.gz]); default $FASTFT_DATA",
     )
     split: str = Field("validation", description="dataset split")
+    pattern: str | None = Field(
+        None, description="classification: the task's pattern that writes examples as text; null: its first"
+    )
+    ood: list[ClassificationTask] = Field(
+        [], description="classification: sets of another distribution, with the task's labels, evaluated as well"
+    )
     documents: list[int | str] | None = Field(
         None,
         description="documents to learn, by position (from 0) or id; null: all of them, into one adapter",
@@ -169,6 +181,16 @@ class QueriesConfig(Section):
     )
     self_study: SelfStudyConfig = Field(
         default_factory=SelfStudyConfig, description="questions that the teacher writes"
+    )
+
+
+class IclConfig(Section):
+    num_shots: NonNegativeInt = Field(16, description="demonstrations in front of every query, from the train split")
+    balanced: bool = Field(True, description="as many demonstrations of each label")
+    score: Literal["mean", "sum"] = Field(
+        "mean",
+        description="choices of several tokens: mean or sum of their tokens' log-likelihoods; for labels that are "
+        "single tokens it is the same",
     )
 
 
@@ -284,12 +306,31 @@ class EvaluateConfig(Section):
     answers: bool = Field(True, description="also generate greedy answers (token F1, exact match)")
     max_new_tokens: PositiveInt = Field(24, description="longest generated answer")
     batch_size: PositiveInt = Field(64, description="sequences per forward pass, also in the teach phase")
+    max_examples: PositiveInt | None = Field(
+        None, description="icl: evaluate so many examples of each set, drawn with the seed; null: all"
+    )
+
+
+# What a method has no use for. Setting such a key is an error: it would change nothing.
+UNUSED = {
+    "distill": ["icl", "data.pattern", "data.ood", "evaluate.max_examples"],
+    "icl": [
+        "resume",
+        *(f"data.{key}" for key in ("path", "documents", "control_documents", "heldout_fraction")),
+        *(f"data.{key}" for key in ("context_pattern", "query_pattern", "answer_pattern", "answer_end", "window")),
+        *("queries", "distill", "peft", "train", "deepspeed.offload_optimizer"),
+        *("evaluate.answers", "evaluate.max_new_tokens"),
+    ],
+}
 
 
 class Config(Section):
     """A run of fastft."""
 
-    method: Literal["distill"] = Field("distill", description="how the context is taught")
+    method: Literal["distill", "icl"] = Field(
+        "distill",
+        description="distill: context distillation of documents; icl: demonstrations in the prompt, nothing trained",
+    )
     seed: NonNegativeInt = Field(0, description="seed of sampling, shuffling and initialisation")
     output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
     overwrite: bool = Field(False, description="replace another run in output_dir")
@@ -300,6 +341,7 @@ class Config(Section):
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the base model")
     data: DataConfig = Field(default_factory=DataConfig, description="documents and questions")
+    icl: IclConfig = Field(default_factory=IclConfig, description="demonstrations of a classification task")
     queries: QueriesConfig = Field(default_factory=QueriesConfig, description="what the student is trained on")
     distill: DistillConfig = Field(default_factory=DistillConfig, description="the loss")
     peft: PeftConfig = Field(default_factory=PeftConfig, description="the trained parameters")
@@ -325,9 +367,32 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _method(self):
+        set_in_vain = [key for key in UNUSED[self.method] if self._is_set(key)]
+        if set_in_vain:
+            raise ValueError(f"method={self.method} does not use {', '.join(set_in_vain)}; remove what is not used")
+        kind, fitting = {
+            "distill": ("documents", typing.get_args(DocumentTask)),
+            "icl": ("a classification task", typing.get_args(ClassificationTask)),
+        }[self.method]
+        if self.data.task not in fitting:
+            raise ValueError(
+                f"method={self.method} needs {kind}, got data.task={self.data.task}; expected {', '.join(fitting)}"
+            )
+        return self
+
+    def _is_set(self, key: str) -> bool:
+        section, _, name = key.rpartition(".")
+        return name in (getattr(self, section) if section else self).model_fields_set
+
     def dump(self) -> str:
         """YAML that loads back to an equal config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        plain = self.model_dump(mode="json")
+        for key in UNUSED[self.method]:
+            section, _, name = key.rpartition(".")
+            del (plain[section] if section else plain)[name]
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
     @property
     def cache_path(self) -> Path:

@@ -14,7 +14,15 @@ from fastft.distributed import Ranks
 from fastft.engine.trainer import list_checkpoints
 from fastft.errors import FastftError
 
-RESULTS = ("adapter", "checkpoints", "metrics.jsonl", "summary.json", "report.html", "nll.svg")
+RESULTS = (
+    "adapter",
+    "checkpoints",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "nll.svg",
+    "predictions.jsonl",
+)
 
 
 def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:

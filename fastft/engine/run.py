@@ -13,6 +13,7 @@ import torch
 from fastft import peft
 from fastft.config import Config
 from fastft.distributed import Ranks
+from fastft.engine.icl import evaluate_in_context
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
 from fastft.engine.prepare import Base, Prepared, load_base, prepare, teach
@@ -39,6 +40,8 @@ class Clock:
 
 def run(config: Config) -> dict[str, Any]:
     """Run a config from start to end; returns what summary.json holds."""
+    if config.method == "icl":
+        return evaluate_in_context(config, keep=True)
     stop = StopRequest()
     stop.install()
     began = time.monotonic()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastft.data.sequences import Window, pack
+from fastft.data.sequences import Window
 from fastft.distributed import Ranks
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
@@ -49,28 +49,41 @@ class Scores:
 
 @torch.no_grad()
 def answer_nll(
-    lm: PackedCausalLM, pairs: list[tuple[list[int], list[int]]], *, prefix: Prefix | None, leading: list[int]
+    lm: PackedCausalLM,
+    questions: list[tuple[list[int], list[list[int]]]],
+    *,
+    prefix: Prefix | None,
+    leading: list[int],
 ) -> torch.Tensor:
-    """-log p(answer | prefix, prompt) in nats for each (prompt, answer), float64 on the CPU.
+    """-log p(answer | prefix, prompt) in nats for each answer of each (prompt, answers), float64 on the CPU.
 
+    A prompt is computed once for all its answers, which branch off from it.
     leading: tokens in front of the prompt where there is no prefix (which has them already).
     """
     leading = leading if prefix is None else []
-    input_ids, lengths = pack([(*prompt, *answer[:-1]) for prompt, answer in pairs], leading, lm.device)
-    rows, labels, start = [], [], 0
-    for (_, answer), length in zip(pairs, lengths, strict=True):
-        rows.extend(range(start + length - len(answer), start + length))
-        labels.extend(answer)
-        start += length
-    groups = None if prefix is None else [(prefix, len(pairs))]
-    packed = PackedSequences(lengths, prefixes=groups, device=lm.device)
+    ids, trunks, branches = [], [], []
+    rows, labels, sizes = [], [], []  # of every answer token: the position that predicts it, and its id
+    for prompt, answers in questions:
+        trunk, last = [*leading, *prompt], len(ids) + len(leading) + len(prompt) - 1
+        ids += trunk
+        for answer in answers:
+            rows += [last, *range(len(ids), len(ids) + len(answer) - 1)]
+            ids += answer[:-1]
+        labels += [token for answer in answers for token in answer]
+        sizes += [len(answer) for answer in answers]
+        trunks.append(len(trunk))
+        branches.append([len(answer) - 1 for answer in answers if len(answer) > 1])
+    groups = None if prefix is None else [(prefix, len(questions))]
+    packed = PackedSequences(trunks, branches=branches, prefixes=groups, device=lm.device)
     at = torch.tensor(rows, device=lm.device)
     label = torch.tensor(labels, device=lm.device)
     nll = lm(
-        input_ids, packed, lambda hidden, weight: linear_cross_entropy(hidden[at], weight, label, reduction="none")
+        torch.tensor(ids, device=lm.device)[None],
+        packed,
+        lambda hidden, weight: linear_cross_entropy(hidden[at], weight, label, reduction="none"),
     )
-    owner = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor([len(a) for _, a in pairs]))
-    return torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, owner, nll.double().cpu())
+    owner = torch.repeat_interleave(torch.tensor(sizes)).to(nll.device)
+    return torch.zeros(len(sizes), dtype=torch.float64, device=nll.device).index_add_(0, owner, nll.double()).cpu()
 
 
 def evaluate(
@@ -97,20 +110,15 @@ def evaluate(
     for (index, begin), counts in ranks.lockstep(jobs):
         questions = sets[index]
         span = range(begin, min(begin + batch_size, len(questions.prompts)))
-        pairs = [(questions.prompts[q], answer) for q in span for answer in questions.answers[q]]
-        owner = [q - begin for q in span for _ in questions.answers[q]]
+        asked = [(questions.prompts[q], questions.answers[q]) for q in span]
+        owner = torch.tensor([q - begin for q in span for _ in questions.answers[q]])
+        lengths = torch.tensor([len(a) for q in span for a in questions.answers[q]], dtype=torch.float64)
         best: torch.Tensor | None = None
         for window in questions.windows if in_context else [None]:
             prefix = None if window is None else lm.encode_prefix(window.token_ids, placement)
-            nll = torch.cat(
-                [
-                    answer_nll(lm, pairs[i : i + batch_size], prefix=prefix, leading=text.leading)
-                    for i in range(0, len(pairs), batch_size)
-                ]
-            )
             row = torch.zeros(len(span), 4, dtype=torch.float64)
-            row[:, 0].index_add_(0, torch.tensor(owner), nll)
-            row[:, 1].index_add_(0, torch.tensor(owner), torch.tensor([float(len(a)) for _, a in pairs]).double())
+            row[:, 0].index_add_(0, owner, answer_nll(lm, asked, prefix=prefix, leading=text.leading))
+            row[:, 1].index_add_(0, owner, lengths)
             if max_new_tokens:
                 leading = text.leading if prefix is None else []
                 answers = generate(
@@ -151,6 +159,22 @@ def token_f1(answer: str, gold: str) -> float:
     if not a or not g:
         return float(a == g)
     return 2 * common / (len(a) + len(g))
+
+
+def accuracy(predicted: list[int], gold: list[int]) -> float:
+    return sum(p == g for p, g in zip(predicted, gold, strict=True)) / len(gold)
+
+
+def matthews_correlation(predicted: list[int], gold: list[int]) -> float:
+    """Matthews' correlation coefficient over any number of labels: 1 all right, 0 as good as one constant label.
+
+    (n c - sum_k p_k g_k) / sqrt((n^2 - sum_k p_k^2) (n^2 - sum_k g_k^2)) with c right of n and label counts p, g;
+    0 where one of the two is constant (Gorodkin 2004, doi 10.1016/j.compbiolchem.2004.09.006).
+    """
+    n, right = len(gold), sum(p == g for p, g in zip(predicted, gold, strict=True))
+    p, g = Counter(predicted), Counter(gold)
+    spread = (n * n - sum(v * v for v in p.values())) * (n * n - sum(v * v for v in g.values()))
+    return (n * right - sum(p[k] * g[k] for k in g)) / spread**0.5 if spread else 0.0
 
 
 def total(scores: list[Scores]) -> dict[str, float]:

@@ -8,6 +8,9 @@ sees T real tokens and no padding. Attention alone has to know where one sequenc
   one long query block against that one copy; nothing is expanded per sequence or per query head;
 - a **decode cache**: each sequence's own keys and values, for generation.
 
+A sequence may end in several **branches**, alternative continuations of it (the choices of a question): it is computed
+once for all of them, and a branch sees it and itself, but not its siblings.
+
 The parts are attended to apart and merged exactly by their log-sum-exp: with parts i, outputs o_i and
 lse_i = log sum_j exp(q . k_j * scale), the whole is sum_i exp(lse_i - lse) o_i, lse = logaddexp_i lse_i
 (the identity behind FlashAttention, Dao et al. 2022, arXiv 2205.14135, and Hydragen, Juravsky et al. 2024,
@@ -136,6 +139,8 @@ class PackedSequences:
     """Where each sequence of a pack lies, and what comes before it.
 
     lengths: tokens of each of the B sequences, in packed order.
+    branches: for each sequence the lengths of its alternative continuations, which follow it in the pack one after the
+        other; each has the positions that it would have alone. An empty list is a sequence without branches.
     prefixes: what the sequences share, as (prefix, number of consecutive sequences) groups that cover all B;
         None when nothing precedes them.
     cache: per-sequence keys and values to extend (generation); None otherwise.
@@ -146,6 +151,7 @@ class PackedSequences:
         self,
         lengths: list[int],
         *,
+        branches: list[list[int]] | None = None,
         prefixes: list[tuple[Prefix, int]] | None = None,
         cache: DecodeCache | None = None,
         capture: Prefix | None = None,
@@ -158,6 +164,16 @@ class PackedSequences:
             raise ValueError(f"PackedSequences: prefix groups {groups} do not cover {len(lengths)} sequences")
         if capture is not None and len(lengths) != 1:
             raise ValueError(f"PackedSequences: capture takes one sequence, got {len(lengths)}")
+        trunks = lengths
+        if branches is not None:
+            if cache is not None or capture is not None:
+                raise ValueError("PackedSequences: sequences with branches take no cache and no capture")
+            if len(branches) != len(lengths) or any(n < 1 for ends in branches for n in ends):
+                raise ValueError(
+                    f"PackedSequences: branches must be a list of positive lengths for each of {len(lengths)} "
+                    f"sequences, got {branches}"
+                )
+            lengths = [trunk + sum(ends) for trunk, ends in zip(trunks, branches, strict=True)]
         self.lengths = lengths
         self.prefixes = prefixes
         self.cache = cache
@@ -170,10 +186,21 @@ class PackedSequences:
         column = torch.arange(int(length.sum())) - starts[row]
         # to_padded: packed index of each padded slot (a slot past a sequence's end repeats its last token, whose
         # result is never read); to_packed: padded slot of each packed token.
-        self.to_padded = (starts[:, None] + torch.minimum(offset, length[:, None] - 1)).flatten().to(device)
+        to_padded = starts[:, None] + torch.minimum(offset, length[:, None] - 1)
+        self.to_padded = to_padded.flatten().to(device)
         self.to_packed = (row * self.longest + column).to(device)
         self.is_uniform = min(lengths) == self.longest
         positions = column
+        self.tree: torch.Tensor | None = None  # [B, 1, L, L]: a query sees what comes before it, but no other branch
+        if branches is not None:
+            parts = [(trunk, *ends) for trunk, ends in zip(trunks, branches, strict=True)]
+            first = [0 if i == 0 else trunk for trunk, *ends in parts for i in range(len(ends) + 1)]
+            sizes = [n for part in parts for n in part]
+            positions = torch.cat([torch.arange(n) + at for at, n in zip(first, sizes, strict=True)])
+            number = torch.cat([torch.repeat_interleave(torch.tensor(part)) for part in parts])  # 0: before branches
+            number = number[to_padded]
+            same = (number[:, None, :] == 0) | (number[:, None, :] == number[:, :, None])
+            self.tree = (same & (offset <= offset[:, None]))[:, None].to(device)
         if prefixes is not None:
             before = [p.length for p, n in prefixes for _ in range(n)]
             positions = positions + torch.tensor(before)[row]
@@ -382,14 +409,14 @@ def packed_attention(
     layer = module.layer_idx
     if packed.capture is not None:
         packed.capture.put(layer, key.detach(), value.detach())
-    if packed.prefixes is None and packed.cache is None:
+    if packed.prefixes is None and packed.cache is None and packed.tree is None:
         # Padding is on the right, so the causal mask hides it from every real token.
         out = causal_attention(
             _pad(query, packed), _pad(key, packed), _pad(value, packed), scale=scaling, dropout=dropout
         )
         return _unpad(out, packed), None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-        raise RuntimeError("packed_attention: prefixes and decode caches take no gradient; use torch.no_grad()")
+        raise RuntimeError("packed_attention: prefixes, branches, decode caches take no gradient; use torch.no_grad()")
     if packed.cache is not None:
         own, own_lse = _attend_cached(query, key, value, packed, layer, scaling)
     else:
@@ -399,7 +426,8 @@ def packed_attention(
             _pad(key, packed).repeat_interleave(repeats, 1),
             _pad(value, packed).repeat_interleave(repeats, 1),
             scale=scaling,
-            is_causal=True,
+            is_causal=packed.tree is None,
+            mask=packed.tree,
         )
     own = _unpad(own, packed)
     if packed.prefixes is None:

@@ -20,6 +20,10 @@ class Text:
         """Ids of `text` alone, nothing put in front or behind."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, in one call."""
+        return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 

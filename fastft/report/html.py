@@ -9,7 +9,7 @@ from typing import Any
 
 from fastft.config import Config
 from fastft.report.plot import Level, as_file, line_plot
-from fastft.report.table import before_after_rows, number
+from fastft.report.table import before_after_rows, number, sets_rows, sets_title
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8884}
@@ -73,6 +73,25 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
         _table(["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()]),
         f"<h2>Configuration</h2><pre>{_text(config.dump())}</pre>",
     ]
+    return _write_page(folder, config, parts)
+
+
+def write_sets_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
+    """Write <folder>/report.html of a classification: accuracy on each set, time, configuration."""
+    parts = [
+        f"<h1>{_text(config.model.name_or_path)}: in-context learning</h1>",
+        f"<p>{_text(sets_title(summary))}; split {_text(summary['split'])}; the demonstrations take "
+        f"{summary['demonstration_tokens']:,} tokens.</p>",
+        _table(*sets_rows(summary)),
+        "<p>Majority: the accuracy of always answering the set's most frequent label.</p>",
+        "<h2>Time</h2>",
+        _table(["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in summary["seconds"].items()]),
+        f"<h2>Configuration</h2><pre>{_text(config.dump())}</pre>",
+    ]
+    return _write_page(folder, config, parts)
+
+
+def _write_page(folder: Path, config: Config, parts: list[str]) -> Path:
     body = "\n".join(parts)
     path = folder / "report.html"
     path.write_text(

@@ -1,4 +1,4 @@
-"""The before/after table of a distillation."""
+"""Result tables: before and after a distillation, and the sets of a classification."""
 
 from __future__ import annotations
 
@@ -34,6 +34,42 @@ def before_after(summary: dict[str, Any]) -> Table | str:
         table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
     for i, row in enumerate(rows):
         table.add_row(*row, style="bold" if i == 1 else None, end_section=i == 2)
+    return table
+
+
+def sets_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column heads and a row for each evaluated set, as text."""
+    sets = summary["sets"]
+    with_mcc = any("mcc" in s for s in sets.values())
+    heads = ["set", "examples", "accuracy", *(["MCC"] if with_mcc else []), "majority", "seconds", "tokens/s"]
+    rows = [
+        [
+            name,
+            f"{s['examples']:,}",
+            percent(s["accuracy"]),
+            *([number(s.get("mcc"))] if with_mcc else []),
+            percent(s["majority"]),
+            f"{s['seconds']:.1f}",
+            f"{s['tokens_per_s']:,.0f}",
+        ]
+        for name, s in sets.items()
+    ]
+    return heads, rows
+
+
+def sets_title(summary: dict[str, Any]) -> str:
+    shots = f"{summary['num_shots']} demonstrations of {summary['task']}"
+    balanced = ", balanced" if summary["balanced"] and summary["num_shots"] else ""
+    return f"{summary['model']}, {shots}{balanced}, pattern {summary['pattern']}, seed {summary['seed']}"
+
+
+def sets_table(summary: dict[str, Any]) -> Table:
+    heads, rows = sets_rows(summary)
+    table = Table(title=sets_title(summary), title_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

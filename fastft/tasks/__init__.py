@@ -5,17 +5,62 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastft.config import DataConfig
-from fastft.tasks import documents, narrativeqa
+from fastft.errors import DataError
+from fastft.tasks import commonsense_qa, documents, glue, narrativeqa
 from fastft.tasks.base import Document, Question, select
+from fastft.tasks.classification import ClassificationTask, Example, Pattern, sample_demonstrations
 
 DOCUMENT_TASKS: dict[str, Callable[[DataConfig], list[Document]]] = {
     "documents": documents.load,
     "narrativeqa": narrativeqa.load,
 }
+CLASSIFICATION_TASKS: dict[str, ClassificationTask] = {t.name: t for t in (*glue.TASKS, commonsense_qa.TASK)}
 
-__all__ = ["DOCUMENT_TASKS", "Document", "Question", "load_documents", "select"]
+__all__ = [
+    "CLASSIFICATION_TASKS",
+    "DOCUMENT_TASKS",
+    "ClassificationTask",
+    "Document",
+    "Example",
+    "Pattern",
+    "Question",
+    "load_documents",
+    "sample_demonstrations",
+    "select",
+    "select_pattern",
+    "select_tasks",
+]
 
 
 def load_documents(config: DataConfig) -> list[Document]:
     """Every document of the configured task; raises DataError where there is none."""
     return DOCUMENT_TASKS[config.task](config)
+
+
+def select_tasks(config: DataConfig) -> list[ClassificationTask]:
+    """The configured task, then its sets of another distribution; raises DataError for those that do not fit it."""
+    task = CLASSIFICATION_TASKS[config.task]
+    fitting = [t for t in CLASSIFICATION_TASKS.values() if t.patterns is task.patterns and t is not task]
+    if not task.has_train:
+        sources = [t.name for t in fitting if t.has_train]
+        raise DataError(
+            f"data.task={task.name} has no train split to take demonstrations from; set data.task={sources[0]} and "
+            f"data.ood=[{task.name}]" + "".join(f" (or data.task={name})" for name in sources[1:])
+        )
+    names = [t.name for t in fitting]
+    for name in config.ood:
+        if name not in names:
+            raise DataError(
+                f"data.ood: {name} does not have the labels and texts of data.task={task.name}; "
+                f"expected {' or '.join(names) or 'none'}"
+            )
+    return [task, *(CLASSIFICATION_TASKS[name] for name in dict.fromkeys(config.ood))]
+
+
+def select_pattern(config: DataConfig) -> tuple[str, Pattern]:
+    """The configured pattern of the configured task and its name; null is the task's first."""
+    patterns = CLASSIFICATION_TASKS[config.task].patterns
+    name = config.pattern or next(iter(patterns))
+    if name not in patterns:
+        raise DataError(f"data.pattern={name}: {config.task} has {', '.join(patterns)}")
+    return name, patterns[name]

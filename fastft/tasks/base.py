@@ -1,15 +1,18 @@
-"""What a document task gives: documents with questions."""
+"""What tasks share: documents with questions, and rows of a dataset from a local copy or from the hub."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastft.errors import DataError
+
+Row = tuple[str, dict[str, Any]]  # place (for messages) and fields
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,47 @@ def select(documents: list[Document], wanted: list[int | str] | None) -> list[Do
     return chosen
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    root: str | None, task: str, split: str, *, hub: str | None, hub_split: str | None = None
+) -> Iterable[Row]:
+    """Rows of a dataset: <root>/<task>/<split>.jsonl[.gz], or from the hub where neither root nor FASTFT_DATA is set.
+
+    hub: "owner/name" or "owner/name:subset"; None where the hub has no such dataset. hub_split: its name for the split.
+    """
+    root = root or os.environ.get("FASTFT_DATA")
+    if root:
+        return _local_rows(Path(root).expanduser() / task, split)
+    if hub is None:
+        raise DataError(
+            f"data.task={task} is not on the hub: set data.root or FASTFT_DATA to a folder with "
+            f"{task}/{split}.jsonl[.gz]"
+        )
+    return _hub_rows(task, hub, hub_split or split)
+
+
+def _local_rows(folder: Path, split: str) -> Iterable[Row]:
+    for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
+        if (folder / name).is_file():
+            return read_jsonl(folder / name)
+    there = ", ".join(sorted(p.name for p in folder.glob("*.jsonl*"))) if folder.is_dir() else "no such folder"
+    raise DataError(f"data.root={folder.parent}: {folder / split}.jsonl[.gz] not found ({there})")
+
+
+def _hub_rows(task: str, hub: str, split: str) -> Iterable[Row]:
+    from datasets import load_dataset  # slow to import; only the hub needs it
+
+    name, _, subset = hub.partition(":")
+    try:
+        dataset = load_dataset(name, subset or None, split=split)
+    except Exception as error:  # the library raises many kinds: network, missing split, missing dataset
+        raise DataError(
+            f"data.task={task}: {hub} (split {split}) cannot be loaded: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}; set data.root or FASTFT_DATA to a local copy"
+        ) from error
+    return ((f"{hub}/{split}:{i}", row) for i, row in enumerate(dataset))
+
+
+def read_jsonl(path: Path) -> Iterator[Row]:
     """(place, object) of each line of a .jsonl or .jsonl.gz file; place is "file:line" for messages."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -70,13 +113,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def text_field(value: dict[str, Any], key: str, place: str) -> str:
-    """A non-empty string at `key`, stripped; raises DataError otherwise."""
+def text_field(value: dict[str, Any], key: str, place: str, *, may_be_empty: bool = False) -> str:
+    """A string at `key`, stripped; raises DataError where there is none, or an empty one that may not be."""
     if key not in value:
         raise DataError(f"{place}: missing {key!r}; found {', '.join(map(repr, value)) or 'nothing'}")
     text = value[key]
     if not isinstance(text, str):
         raise DataError(f"{place}: {key!r} is {type(text).__name__}, expected a string")
-    if not text.strip():
+    if not text.strip() and not may_be_empty:
         raise DataError(f"{place}: {key!r} is empty")
     return text.strip()

@@ -23,10 +23,12 @@ def pair(request, tiny):
 @torch.no_grad()
 def test_answer_nll_equals_transformers(pair):
     ours, theirs = pair
-    context, items = [0, 9, 17, 33, 120], [([45, 6], [70, 71, 72]), ([8], [300]), ([5, 5, 5], [4, 399])]
+    context = [0, 9, 17, 33, 120]
+    items = [([45, 6], [[70, 71, 72], [9], [70, 8]]), ([8], [[300]]), ([5, 5, 5], [[4, 399], [4, 7, 1]])]
     for prefix, front in ((None, [0]), (ours.encode_prefix(tuple(context)), context)):
         found = answer_nll(ours, items, prefix=prefix, leading=[0])
-        for value, (prompt, answer) in zip(found, items, strict=True):
+        pairs = [(prompt, answer) for prompt, answers in items for answer in answers]
+        for value, (prompt, answer) in zip(found, pairs, strict=True):
             ids = torch.tensor([front + prompt + answer])
             log_probs = theirs(ids).logits[0].log_softmax(-1)
             at = torch.arange(ids.shape[1] - len(answer) - 1, ids.shape[1] - 1)

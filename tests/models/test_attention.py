@@ -87,6 +87,10 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+def rms_norm(module, x):
+    return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+
 @pytest.mark.parametrize("lengths", [(5, 9, 1, 7), (6, 6), (1,)])
 def test_packed_sequences_do_not_see_each_other(model, lengths):
     queries = tokens(*lengths)
@@ -118,6 +122,29 @@ def test_shared_prefixes(model):
     expected = reference(model, [first, first, second, second], queries)
     groups = [(prefix_of(model, first), 2), (prefix_of(model, second), 2)]
     assert_close(run(model, queries, PackedSequences([5, 9, 1, 7], prefixes=groups)), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("branches", [[[3, 2, 1], [], [4], [1, 1]], [[2, 2]] * 4])
+def test_branches_equal_separate_sequences(model, shared, branches, monkeypatch):
+    """Each branch behind its question, with and without two contexts in one pack."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):  # transformers' rounds to float32
+            monkeypatch.setattr(type(module), "forward", rms_norm)
+    first, second, *questions = tokens(17, 11, 5, 9, 1, 7)
+    contexts = [first, first, second, second] if shared else [first[:0]] * 4
+    ends = [tokens(*b) for b in branches]
+    queries = [torch.cat([q, *e]) for q, e in zip(questions, ends, strict=True)]
+    groups = [(prefix_of(model, first), 2), (prefix_of(model, second), 2)] if shared else None
+    packed = PackedSequences([len(q) for q in questions], branches=branches, prefixes=groups)
+    found = run(model, queries, packed)
+    expected = []
+    for context, question, own in zip(contexts, questions, ends, strict=True):
+        expected.append(reference(model, [context], [question]))
+        for end in own:
+            expected.append(reference(model, [context], [torch.cat([question, end])])[len(question) :])
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
@@ -169,6 +196,12 @@ def test_errors_name_what_is_wrong(model):
         PackedSequences([3, 0])
     with pytest.raises(ValueError, match="do not cover 2 sequences"):
         PackedSequences([3, 1], prefixes=[(Prefix(), 1)])
+    with pytest.raises(ValueError, match="for each of 2 sequences"):
+        PackedSequences([3, 1], branches=[[2]])
+    with pytest.raises(ValueError, match="positive lengths"):
+        PackedSequences([3, 1], branches=[[2], [0]])
+    with pytest.raises(ValueError, match="no cache"):
+        PackedSequences([3], branches=[[2]], cache=DecodeCache(8))
     with pytest.raises(ValueError, match="packed=PackedSequences"):
         model.get_decoder()(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
 

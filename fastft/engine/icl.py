@@ -1,0 +1,168 @@
+"""A run of in-context learning: examples, demonstrations, every query behind them, figures of each set."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from fastft.config import Config
+from fastft.distributed import Ranks
+from fastft.engine import deepspeed_config
+from fastft.engine.launch import start
+from fastft.engine.output import begin_results, open_output_dir, write_json, write_text
+from fastft.engine.prepare import load_base
+from fastft.engine.progress import Reporter, peak_memory_bytes
+from fastft.engine.trainer import gather_by_layer
+from fastft.engine.training import StopRequest
+from fastft.methods import icl
+from fastft.methods.evaluation import accuracy, matthews_correlation
+from fastft.models import loading
+from fastft.models.causal import PackedCausalLM
+from fastft.report import sets_table, write_sets_report
+from fastft.tasks import Example, sample_demonstrations, select_pattern, select_tasks
+
+
+def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
+    """Evaluate the configured task and its sets of another distribution; returns what summary.json holds.
+
+    keep: write config.yaml, summary.json, predictions.jsonl and report.html to output_dir; else nothing is written.
+    """
+    stop = StopRequest()
+    stop.state = "stopped; nothing was written: the same command starts again"
+    stop.install()
+    began = time.monotonic()
+    tasks = select_tasks(config.data)
+    name, pattern = select_pattern(config.data)
+    root = config.data.root
+    pool = tasks[0].load("train", root) if config.icl.num_shots else []
+    examples = {task.name: _draw(task.load(config.data.split, root), config) for task in tasks}
+    labels = len(pattern.choices(examples[tasks[0].name][0]))
+
+    def demonstrations(num_shots: int) -> list[Example]:
+        return sample_demonstrations(pool, num_shots, labels, balanced=config.icl.balanced, seed=config.seed)
+
+    chosen = demonstrations(config.icl.num_shots)
+
+    ranks = start(config.deepspeed.threads_per_rank)
+    out = Reporter(enabled=ranks.is_first)
+    output_dir = Path(config.output_dir)
+    if keep:
+        open_output_dir(config, output_dir, ranks)
+    base = load_base(config, ranks)
+    count = sum(p.numel() for p in base.lm.parameters())
+    lm, stage = partition(base.lm, config, ranks)
+    out.line(
+        f"model      {config.model.name_or_path}  {count:,} parameters  {config.model.dtype}  {ranks.device}  "
+        f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''} x {torch.get_num_threads()} threads  {stage}"
+    )
+    seconds = {"load": time.monotonic() - began}
+
+    begin = time.monotonic()
+    shared = icl.encode_demonstrations(pattern, chosen, base.text)
+    step = labels if config.icl.balanced else 1
+    prefix = None
+    sets, rows = {}, []
+    for task in tasks:
+        asked = examples[task.name]
+        if task is not tasks[0]:
+            begin = time.monotonic()
+        queries = icl.encode_queries(pattern, asked, base.text, behind_demonstrations=bool(chosen))
+        icl.check_room(
+            shared,
+            queries,
+            loading.max_positions(base.lm.model),
+            (
+                (k, len(icl.encode_demonstrations(pattern, demonstrations(k), base.text)))
+                for k in range(len(chosen) - step, -1, -step)
+            ),
+        )
+        if prefix is None and shared:
+            prefix = lm.encode_prefix(shared)
+            out.line(
+                f"prompt     {len(chosen)} demonstrations of {tasks[0].name}, {len(shared):,} tokens, encoded once: "
+                f"{prefix.nbytes / 2**20:.1f} MiB of keys and values"
+            )
+        with out.phase(task.name, len(asked), "examples") as phase:
+            log_probs = icl.classify(
+                lm,
+                queries,
+                ranks,
+                prefix=prefix,
+                batch_size=config.evaluate.batch_size,
+                score=config.icl.score,
+                advance=phase.advance,
+            )
+        spent = time.monotonic() - begin
+        seconds[task.name] = spent
+        predicted, gold = log_probs.argmax(-1).tolist(), [e.label for e in asked]
+        tokens = sum(queries.sizes) + (len(shared) if task is tasks[0] else 0)
+        sets[task.name] = {
+            "examples": len(gold),
+            "accuracy": accuracy(predicted, gold),
+            **({"mcc": matthews_correlation(predicted, gold)} if task.metric == "mcc" else {}),
+            "majority": max(Counter(gold).values()) / len(gold),
+            "tokens": tokens,
+            "seconds": round(spent, 3),
+            "tokens_per_s": tokens / spent,
+        }
+        rows += [
+            {"set": task.name, "index": i, "label": g, "predicted": p, "log_probs": values[: len(own)]}
+            for i, (g, p, values, own) in enumerate(
+                zip(gold, predicted, log_probs.tolist(), queries.choices, strict=True)
+            )
+        ]
+    seconds["total"] = time.monotonic() - began
+    summary = {
+        "method": "icl",
+        "model": config.model.name_or_path,
+        "task": tasks[0].name,
+        "split": config.data.split,
+        "pattern": name,
+        "num_shots": len(chosen),
+        "balanced": config.icl.balanced,
+        "seed": config.seed,
+        **{key: sets[tasks[0].name][key] for key in ("accuracy", "mcc", "majority") if key in sets[tasks[0].name]},
+        "sets": sets,
+        "demonstration_tokens": len(shared),
+        "seconds": {key: round(value, 3) for key, value in seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if ranks.is_first:
+        out.show(sets_table(summary))
+        if keep:
+            begin_results(config, output_dir, None)
+            write_text(output_dir / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_json(output_dir / "summary.json", summary)
+            write_sets_report(output_dir, config, summary)
+            out.line(f"report     {output_dir / 'report.html'}")
+            out.line(f"summary    {output_dir / 'summary.json'}  ({seconds['total']:.0f} s in all)")
+    ranks.barrier()
+    return summary
+
+
+def _draw(examples: list[Example], config: Config) -> list[Example]:
+    """The evaluated examples: all, or evaluate.max_examples of them, in the order of the split."""
+    most = config.evaluate.max_examples
+    if most is None or most >= len(examples):
+        return examples
+    drawn = random.Random(f"examples-{config.seed}").sample(range(len(examples)), most)
+    return [examples[i] for i in sorted(drawn)]
+
+
+def partition(lm: PackedCausalLM, config: Config, ranks: Ranks) -> tuple[PackedCausalLM, str]:
+    """The model with its weights dealt out over the ranks or kept on the host (ZeRO-3), and what was done, in words.
+
+    Other stages partition nothing that inference has, and neither does stage 3 on one process without offloading.
+    """
+    if config.deepspeed.zero_stage < 3 or (ranks.world_size == 1 and config.deepspeed.offload_param == "none"):
+        return lm, "whole model on each process"
+    gather_by_layer(lm)
+    engine, *_ = deepspeed.initialize(model=lm, config=deepspeed_config.derive(config, ranks.world_size))
+    return engine.module.eval(), "ZeRO-3"

@@ -1,0 +1,132 @@
+"""What a classification task gives: labelled examples, patterns that write them as text, and a metric.
+
+A *pattern* turns an example into a query, its *verbalizer* a label into the words that follow the query (Schick and
+Schuetze 2021, arXiv 2001.07676). Demonstrations are queries with their label words, in front of the one that is asked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastft.errors import DataError
+from fastft.tasks.base import read_rows, text_field
+
+
+@dataclass(frozen=True)
+class Example:
+    """fields: what patterns fill in; label: index of the right choice; choices: its own, where labels are not words."""
+
+    fields: dict[str, str]
+    label: int
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """query: text with {field} places, without the space that the answer begins with.
+
+    verbalizer: the words of each label, in the order of the labels; empty where the choices are the example's own.
+    separator: what stands between demonstrations and in front of the query.
+    """
+
+    query: str
+    verbalizer: tuple[str, ...] = ()
+    separator: str = "\n\n"
+
+    def ask(self, example: Example) -> str:
+        return self.query.format(**example.fields)
+
+    def choices(self, example: Example) -> list[str]:
+        """The texts that may follow the query, in the order of the labels."""
+        return [f" {words}" for words in self.verbalizer or example.choices]
+
+    def demonstrate(self, example: Example) -> str:
+        return self.ask(example) + self.choices(example)[example.label]
+
+
+Reader = Callable[[dict[str, Any], str], Example | None]  # (row, place) -> example, or None to leave the row out
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A dataset with its patterns.
+
+    folder: its name in a local copy; hub: see `read_rows`, with `hub_splits` where the hub names splits differently.
+    patterns: name -> Pattern, the default first. Tasks that share this object have the same labels and fields: the
+        demonstrations of one may stand in front of the queries of another.
+    has_train: whether it has a train split; those without are evaluation sets of another distribution.
+    metric: what is reported beside accuracy; mcc is Matthews' correlation coefficient.
+    """
+
+    name: str
+    read: Reader
+    patterns: dict[str, Pattern]
+    folder: str
+    hub: str | None = None
+    hub_splits: dict[str, str] = field(default_factory=dict)
+    has_train: bool = True
+    metric: Literal["accuracy", "mcc"] = "accuracy"
+
+    def load(self, split: str, root: str | None) -> list[Example]:
+        """The examples of a split, in its order; raises DataError where there are none or a row is malformed."""
+        rows = read_rows(root, self.folder, split, hub=self.hub, hub_split=self.hub_splits.get(split))
+        examples = [example for place, row in rows if (example := self.read(row, place)) is not None]
+        if not examples:
+            raise DataError(f"data.task={self.name}: split {split!r} holds no examples")
+        return examples
+
+
+def columns(names: dict[str, str], labels: dict[int, int]) -> Reader:
+    """A reader of rows with texts and an integer `label`.
+
+    names: field -> column. labels: label in the file -> label here; rows with other labels from 0 on are left out.
+    """
+
+    def read(row: dict[str, Any], place: str) -> Example | None:
+        label = row.get("label")
+        if not isinstance(label, int) or label < 0:
+            raise DataError(f"{place}: 'label' is {label!r}, expected a label; is this split labelled?")
+        if label not in labels:
+            return None
+        # Some pairs of QQP have an empty side.
+        texts = {key: text_field(row, column, place, may_be_empty=True) for key, column in names.items()}
+        return Example(texts, labels[label])
+
+    return read
+
+
+def sample_demonstrations(
+    examples: list[Example], num_shots: int, num_labels: int, *, balanced: bool, seed: int
+) -> list[Example]:
+    """num_shots examples in random order, drawn without replacement; balanced: as many of each label.
+
+    Raises DataError where there are too few, or a balanced number that the labels do not divide.
+    """
+    if balanced and num_shots % num_labels:
+        lower = num_shots - num_shots % num_labels
+        raise DataError(
+            f"icl.num_shots={num_shots} cannot be balanced over {num_labels} labels; use {lower} or "
+            f"{lower + num_labels}, or set icl.balanced=false"
+        )
+    generator = random.Random(f"demonstrations-{seed}")
+    order = generator.sample(range(len(examples)), len(examples))
+    if balanced:
+        taken: Counter[int] = Counter()
+        chosen = []
+        for i in order:
+            if taken[examples[i].label] < num_shots // num_labels:
+                taken[examples[i].label] += 1
+                chosen.append(i)
+        generator.shuffle(chosen)  # in the order drawn, the last ones would often have one label
+    else:
+        chosen = order[:num_shots]
+    if len(chosen) < num_shots:
+        counts = dict(sorted(Counter(e.label for e in examples).items()))
+        raise DataError(
+            f"icl.num_shots={num_shots}: the train split has {len(examples)} examples, {counts} by label; use fewer"
+        )
+    return [examples[i] for i in chosen]

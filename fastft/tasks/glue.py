@@ -1,0 +1,58 @@
+"""Tasks of GLUE (Wang et al. 2019, arXiv 1804.07461) and, for each, a set of another distribution.
+
+RTE, MNLI: does text1 entail text2?     HANS (McCoy et al. 2019, arXiv 1902.01007): word overlap without entailment
+QQP: do two questions ask the same?     PAWS-QQP (Zhang et al. 2019, arXiv 1904.01130): word overlap without it
+CoLA: is a sentence acceptable?         CoLA-OOD: sentences of other publications
+
+Pairing and the patterns `minimal`, `gpt3` and `eval_harness` follow Mosbach et al. 2023 (aclanthology
+2023.findings-acl.779, code uds-lsv/llmft), with the space in front of the label word and not at the query's end.
+"""
+
+from __future__ import annotations
+
+from fastft.tasks.classification import ClassificationTask, Pattern, columns
+
+ENTAILMENT = {
+    "minimal": Pattern("{text1} {text2} ?", ("Yes", "No")),
+    "gpt3": Pattern("{text1} question: {text2} Yes or No? answer:", ("Yes", "No")),
+    "eval_harness": Pattern("{text1} \nQuestion: {text2} True or False?\nAnswer:", ("True", "False")),
+}
+ENTAILMENT_OR_NEUTRAL = {
+    "minimal": Pattern("{text1} {text2} ?", ("Yes", "Maybe", "No")),
+    "eval_harness": Pattern(
+        "{text1}\nQuestion: {text2} True, False or Neither?\nAnswer:", ("True", "Neither", "False")
+    ),
+}
+PARAPHRASE = {
+    "minimal": Pattern("{text1} {text2} ?", ("No", "Yes")),
+    "eval_harness": Pattern(
+        "Question 1: {text1}\nQuestion 2: {text2}\nQuestion: Do both questions ask the same thing? Answer:",
+        ("No", "Yes"),
+    ),
+}
+ACCEPTABILITY = {
+    "minimal": Pattern("{text1} ?", ("No", "Yes"), separator=" "),
+    "gpt3": Pattern("grammatical: {text1} Yes or No? answer:", ("No", "Yes")),
+}
+
+SENTENCES = {"text1": "sentence1", "text2": "sentence2"}
+PREMISE = {"text1": "premise", "text2": "hypothesis"}
+QUESTIONS = {"text1": "question1", "text2": "question2"}
+TWO, THREE = {0: 0, 1: 1}, {0: 0, 1: 1, 2: 2}
+GLUE, MATCHED = "nyu-mll/glue", {"validation": "validation_matched"}
+
+TASKS = [
+    ClassificationTask("rte", columns(SENTENCES, TWO), ENTAILMENT, "rte", f"{GLUE}:rte"),
+    ClassificationTask("mnli", columns(PREMISE, THREE), ENTAILMENT_OR_NEUTRAL, "mnli", f"{GLUE}:mnli", MATCHED),
+    # Mosbach et al. leave out the neutral pairs, so that HANS has the same two labels.
+    ClassificationTask("mnli_binary", columns(PREMISE, {0: 0, 2: 1}), ENTAILMENT, "mnli", f"{GLUE}:mnli", MATCHED),
+    ClassificationTask("hans", columns(PREMISE, TWO), ENTAILMENT, "hans", "jhu-cogsci/hans", has_train=False),
+    ClassificationTask("qqp", columns(QUESTIONS, TWO), PARAPHRASE, "qqp", f"{GLUE}:qqp"),
+    ClassificationTask("paws_qqp", columns(SENTENCES, TWO), PARAPHRASE, "paws_qqp", has_train=False),
+    ClassificationTask(
+        "cola", columns({"text1": "sentence"}, TWO), ACCEPTABILITY, "cola", f"{GLUE}:cola", metric="mcc"
+    ),
+    ClassificationTask(
+        "cola_ood", columns({"text1": "sentence"}, TWO), ACCEPTABILITY, "cola_ood", has_train=False, metric="mcc"
+    ),
+]

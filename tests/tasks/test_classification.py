@@ -1,0 +1,127 @@
+"""Classification tasks: every shipped one on real data, patterns, sampling, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import typing
+from collections import Counter
+
+import pytest
+
+from fastft.config import ClassificationTask, DataConfig
+from fastft.errors import DataError
+from fastft.tasks import CLASSIFICATION_TASKS, Example, sample_demonstrations, select_pattern, select_tasks
+
+ROWS = {  # labels of the validation split in the local copy
+    "rte": {0: 146, 1: 131},
+    "mnli": {0: 1667, 1: 1667, 2: 1666},
+    "mnli_binary": {0: 1667, 1: 1666},
+    "hans": {0: 2490, 1: 2490},
+    "qqp": {0: 623, 1: 377},
+    "paws_qqp": {0: 342, 1: 135},
+    "cola": {0: 160, 1: 367},
+    "cola_ood": {0: 98, 1: 218},
+    "commonsense_qa": {0: 239, 1: 255, 2: 241, 3: 251, 4: 235},
+}
+
+
+def test_the_schema_names_the_tasks_that_there_are():
+    assert set(typing.get_args(ClassificationTask)) == set(CLASSIFICATION_TASKS) == set(ROWS)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION_TASKS)
+def test_tasks_from_a_local_copy(name):
+    if not os.environ.get("FASTFT_DATA"):
+        pytest.skip("FASTFT_DATA is not set: no local copy of the datasets")
+    task = CLASSIFICATION_TASKS[name]
+    examples = task.load("validation", None)
+    assert Counter(e.label for e in examples) == ROWS[name]
+    assert task.has_train == bool(task.has_train and task.load("train", None))
+    assert len(task.patterns) >= 2
+    for pattern in task.patterns.values():
+        asked = pattern.ask(examples[0])
+        assert all(text in asked for key, text in examples[0].fields.items() if f"{{{key}}}" in pattern.query)
+        assert len(pattern.choices(examples[0])) == len(ROWS[name])
+        assert not asked.endswith(" ")
+
+
+def test_a_demonstration_is_the_query_with_its_label_word():
+    example = Example({"text1": "It {rains}.", "text2": "It is wet."}, 1)
+    pattern = CLASSIFICATION_TASKS["rte"].patterns["minimal"]
+    assert pattern.demonstrate(example) == "It {rains}. It is wet. ? No"
+    example = Example({"question": "Where?"}, 1, ("a sea", "a bank"))
+    assert CLASSIFICATION_TASKS["commonsense_qa"].patterns["minimal"].demonstrate(example) == "Where? a bank"
+
+
+def pool(counts: dict[int, int]) -> list[Example]:
+    return [Example({"text1": f"{label}-{i}"}, label) for label, n in counts.items() for i in range(n)]
+
+
+def test_balanced_demonstrations():
+    examples = pool({0: 90, 1: 10})
+    chosen = sample_demonstrations(examples, 12, 2, balanced=True, seed=0)
+    assert Counter(e.label for e in chosen) == {0: 6, 1: 6}
+    assert len({e.fields["text1"] for e in chosen}) == 12
+    assert chosen == sample_demonstrations(examples, 12, 2, balanced=True, seed=0)
+    assert chosen != sample_demonstrations(examples, 12, 2, balanced=True, seed=1)
+    last = Counter(sample_demonstrations(examples, 4, 2, balanced=True, seed=s)[-1].label for s in range(200))
+    assert min(last.values()) > 70  # neither label stands last more often
+
+
+def test_unbalanced_demonstrations_follow_the_data():
+    chosen = sample_demonstrations(pool({0: 900, 1: 100}), 200, 2, balanced=False, seed=0)
+    assert 5 <= sum(e.label for e in chosen) <= 40
+    assert sample_demonstrations(pool({0: 3, 1: 3}), 0, 2, balanced=True, seed=0) == []
+
+
+def test_samples_that_cannot_be_drawn():
+    with pytest.raises(DataError, match="use 4 or 6"):
+        sample_demonstrations(pool({0: 9, 1: 9}), 5, 2, balanced=True, seed=0)
+    with pytest.raises(DataError, match=r"12 examples, \{0: 9, 1: 3\} by label"):
+        sample_demonstrations(pool({0: 9, 1: 3}), 8, 2, balanced=True, seed=0)
+    with pytest.raises(DataError, match="use fewer"):
+        sample_demonstrations(pool({0: 9, 1: 3}), 13, 2, balanced=False, seed=0)
+
+
+def test_sets_of_another_distribution():
+    assert [t.name for t in select_tasks(DataConfig(task="rte", ood=["hans"]))] == ["rte", "hans"]
+    with pytest.raises(DataError, match=r"set data.task=rte and data.ood=\[hans\]"):
+        select_tasks(DataConfig(task="hans"))
+    with pytest.raises(DataError, match="paws_qqp does not have the labels"):
+        select_tasks(DataConfig(task="rte", ood=["paws_qqp"]))
+    with pytest.raises(DataError, match="expected none"):
+        select_tasks(DataConfig(task="commonsense_qa", ood=["hans"]))
+
+
+def test_patterns():
+    assert select_pattern(DataConfig(task="rte"))[0] == "minimal"
+    with pytest.raises(DataError, match="rte has minimal, gpt3, eval_harness"):
+        select_pattern(DataConfig(task="rte", pattern="best"))
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("rte", {"sentence1": "a", "sentence2": "b", "label": -1}, "rte/validation.jsonl:1: 'label' is -1"),
+        ("rte", {"sentence1": "a", "label": 0}, "missing 'sentence2'"),
+        ("rte", {"sentence1": "a", "sentence2": 3, "label": 0}, "'sentence2' is int"),
+        ("commonsense_qa", {"question": "a", "choices": ["b"], "answerKey": "A"}, "'choices' is"),
+        ("mnli_binary", {"premise": "a", "hypothesis": "b", "label": 1}, "holds no examples"),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path, task, row, message):
+    folder = tmp_path / CLASSIFICATION_TASKS[task].folder
+    folder.mkdir()
+    (folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as error:
+        CLASSIFICATION_TASKS[task].load("validation", str(tmp_path))
+    assert message in str(error.value)
+
+
+def test_a_missing_copy_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"rte/test.jsonl\[.gz\] not found"):
+        CLASSIFICATION_TASKS["rte"].load("test", str(tmp_path))
+    monkeypatch.delenv("FASTFT_DATA", raising=False)
+    with pytest.raises(DataError, match="paws_qqp is not on the hub"):
+        CLASSIFICATION_TASKS["paws_qqp"].load("validation", None)
