@@ -10,6 +10,8 @@ weights, and their loss and gradient norm are compared before anything is timed.
 peft_eager          the plain form: teacher = the PEFT model with its adapter disabled on [context; query], student on
                     [query], full logits of both, softmaxes in float32, F.kl_div, torch.optim.AdamW
 peft_query_logits   the same, with the teacher's logits of the query's positions alone (`logits_to_keep`)
+fastft_online       the teacher computed in the step (`distill.teacher=online`), nothing kept between steps: the same
+                    work as the plain form
 fastft_first_epoch  steps of an epoch in which `--queries` queries share each context, the teach phase included: the
                     context is encoded once, its queries are taught, stored, and trained on
 fastft              a step of every later epoch: targets from the store
@@ -22,8 +24,10 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -33,8 +37,9 @@ from transformers import OPTConfig, OPTForCausalLM
 from fastft import peft
 from fastft.config import Config
 from fastft.data.sequences import Batch, Sequence, Window
-from fastft.data.store import StoreWriter, TeacherStore
+from fastft.data.store import Layout, StoreWriter, TeacherStore
 from fastft.methods import distill
+from fastft.methods.online import OnlineTeacher
 from fastft.models.attention import IMPLEMENTATION
 from fastft.models.causal import PackedCausalLM
 
@@ -132,6 +137,7 @@ class Fastft:
             {
                 "output_dir": str(folder),
                 "model": {"dtype": a.dtype},
+                "distill": {"context_cache_gib": 0.0},  # what the online teacher keeps
                 "peft": {"kind": "lora", "r": a.rank, "lora_alpha": 2.0 * a.rank},
                 "train": {"steps": 10**9, "batch_size": a.batch, "lr": LEARNING_RATE, "schedule": "constant"},
                 "deepspeed": {"zero_stage": a.zero_stage},
@@ -147,7 +153,7 @@ class Fastft:
             problem.set_adapter(name, parameter)
         self.base = PackedCausalLM(self.base_model())
         self.trainer = Trainer(lm, trained, self.config, self.ranks)
-        self.stores: dict[str, TeacherStore] = {}
+        self.online_teacher = OnlineTeacher(self.trainer.lm, self.windows, self.config.distill)
         self.number = 0
 
     def base_model(self) -> OPTForCausalLM:
@@ -160,59 +166,66 @@ class Fastft:
         return [Sequence(w, "passage", (q[0],), tuple(q[1:])) for w, q in zip(window_of, queries, strict=False)]
 
     def teach(self, sequences: list[Sequence], name: str) -> TeacherStore:
-        lengths = [len(s.target_positions(self.config.distill.loss_on)) for s in sequences]
-        writer = StoreWriter(self.folder / name, distill.target_specs(self.config.distill, self.base), lengths)
-        writer.create()
-        batch_size = self.config.evaluate.batch_size
-        distill.teach(
-            self.base,
-            self.windows,
-            sequences,
-            self.config.distill,
-            writer,
-            self.ranks,
-            batch_size=batch_size,
-            advance=lambda count: None,
-        )
-        writer.finish({})
-        store = TeacherStore.open(self.folder / name)
-        assert store is not None
-        return store
+        config, folder = self.config, self.folder / name
+        lengths = [len(s.target_positions(config.distill.loss_on)) for s in sequences]
+        layout = Layout(name, distill.target_specs(config.distill, self.base), lengths)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with closing(StoreWriter(folder, layout)) as writer:
+            distill.teach(
+                self.base,
+                self.windows,
+                sequences,
+                config.distill,
+                writer,
+                self.ranks,
+                batch_size=config.evaluate.batch_size,
+                advance=lambda count: None,
+            )
+        return TeacherStore.open(folder, layout)
 
-    def step(self, sequences: list[Sequence], examples: list[int], store: TeacherStore) -> tuple[torch.Tensor, ...]:
-        config = self.config.distill
-        targets = sum(len(sequences[i].target_positions(config.loss_on)) for i in examples)
+    def step(self, sequences: list[Sequence], examples: list[int], loss_fn) -> tuple[torch.Tensor, ...]:
+        targets = sum(len(sequences[i].target_positions(self.config.distill.loss_on)) for i in examples)
         self.number += 1
-        result = self.trainer.step(
-            self.number,
-            [Batch(examples, targets)],
-            lambda chosen: distill.loss_fn(self.trainer.engine, sequences, chosen, store, config, []),
-            False,
-        )
+        result = self.trainer.step(self.number, [Batch(examples, targets)], loss_fn, False)
         return torch.tensor(result.loss), torch.tensor(result.grad_norm)
+
+    def from_store(self, sequences: list[Sequence], store: TeacherStore):
+        engine, config = self.trainer.engine, self.config.distill
+        return lambda examples: distill.loss_fn(engine, sequences, examples, store, config, [])
 
     def stored(self):
         """Every query behind a context of its own, as in the plain form."""
         batch = self.problem.args.batch
         sequences = self.sequences(list(range(batch)))
-        store = self.teach(sequences, "stored")
-        return lambda: self.step(sequences, list(range(batch)), store)
+        loss_fn = self.from_store(sequences, self.teach(sequences, "stored"))
+        return lambda: self.step(sequences, list(range(batch)), loss_fn)
+
+    def online(self):
+        """The same, with nothing stored."""
+        batch = self.problem.args.batch
+        sequences = self.sequences(list(range(batch)))
+
+        def loss_fn(examples: list[int]) -> torch.Tensor:
+            return self.online_teacher.loss_fn(self.trainer.engine, [sequences[i] for i in examples], [])
+
+        return lambda: self.step(sequences, list(range(batch)), loss_fn)
 
     def first_epoch(self):
         a = self.problem.args
         sequences = self.sequences([0] * a.queries)
 
         def epoch() -> tuple[torch.Tensor, ...]:
-            store = self.teach(sequences, "epoch")
+            loss_fn = self.from_store(sequences, self.teach(sequences, "epoch"))
             for first in range(0, a.queries, a.batch):
-                result = self.step(sequences, list(range(first, min(first + a.batch, a.queries))), store)
+                result = self.step(sequences, list(range(first, min(first + a.batch, a.queries))), loss_fn)
             return result
 
         return epoch
 
 
 def flops(args) -> float:
-    """Products of a step from stored targets: linears forward and dgrad, LoRA, causal attention, and the head three times."""
+    """Products of a step from stored targets: linears forward and dgrad, LoRA, attention, and the head three times."""
     tokens = args.batch * args.query
     linears = args.layers * (4 * args.hidden**2 + 2 * args.hidden * args.ffn)
     lora = args.layers * args.rank * (4 * 2 * args.hidden + 2 * (args.hidden + args.ffn))
@@ -230,12 +243,15 @@ def case(args, folder: Path):
         implementations={
             "peft_eager": plain(problem, query_logits=False),
             "peft_query_logits": plain(problem, query_logits=True),
+            "fastft_online": ours.online(),
             "fastft_first_epoch": ours.first_epoch(),
             "fastft": ours.stored(),
         },
         bytes=0.0,
         flops=flops(args),
-        tolerance=dict.fromkeys(("peft_query_logits", "fastft"), 0.05 if args.dtype != "float32" else 1e-3),
+        tolerance=dict.fromkeys(
+            ("peft_query_logits", "fastft_online", "fastft"), 0.05 if args.dtype != "float32" else 1e-3
+        ),
         not_peers=("fastft_first_epoch",),  # other queries behind one context: other losses
         units={"fastft_first_epoch": -(-args.queries // args.batch)},
     )

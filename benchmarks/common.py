@@ -7,7 +7,8 @@ with the 20th and 80th percentile.
 
 JSON rows: name, impl, shape, dtype, device, median_ms, p20_ms, p80_ms, peak_memory_bytes, ratio_to_peer,
 roofline_fraction, and device_name, torch, error. ratio_to_peer is our median over that row's (in rows whose impl starts
-with "fastft": that row's over the fastest peer's): below 1 we are faster. roofline_fraction = max(bytes / bandwidth, flops / peak) / time.
+with "fastft": that row's over the fastest peer's): below 1 we are faster.
+roofline_fraction = max(bytes / bandwidth, flops / peak) / time.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Case:
     reference: Callable[[], tuple[torch.Tensor, ...]] | None = None  # in float32 or better; else the first peer
     tolerance: dict[str, float] = field(default_factory=dict)  # per implementation, relative; else by dtype
     not_peers: tuple[str, ...] = ()  # rows shown for orientation: part of the work, or other work
-    units: dict[str, int] = field(default_factory=dict)  # times the work that one call does (default 1); times are of one
+    units: dict[str, int] = field(
+        default_factory=dict
+    )  # times the work that one call does (default 1); times are of one
 
 
 def parser(description: str) -> argparse.ArgumentParser:

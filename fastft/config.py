@@ -46,6 +46,11 @@ class ModelConfig(Section):
         False,
         description="take only config and tokenizer from name_or_path and draw the weights from the seed",
     )
+    prefix: Literal["device", "host", "int8"] = Field(
+        "device",
+        description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
+        "memory, a layer copied while another computes; or on the device as int8",
+    )
 
 
 class WindowConfig(Section):
@@ -211,11 +216,6 @@ class DistillConfig(Section):
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="jsd: weight of the teacher in the mixture")
     temperature: PositiveFloat = Field(1.0, description="softmax temperature of both sides")
     loss_on: Literal["all", "completion"] = Field("all", description="positions that are matched")
-    prefix: Literal["device", "host", "int8"] = Field(
-        "device",
-        description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
-        "memory, a layer copied while another computes; or on the device as int8",
-    )
     context_cache_gib: NonNegativeFloat = Field(
         2.0, description="online: encoded contexts that each process keeps between steps, the last used ones, in GiB"
     )

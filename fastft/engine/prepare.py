@@ -87,7 +87,7 @@ def load_base(config: Config, ranks: Ranks) -> Base:
     fingerprint = loading.fingerprint(model)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return Base(
-        PackedCausalLM(model.to(ranks.device)),
+        PackedCausalLM(model.to(ranks.device), placement=m.prefix),
         Text(tokenizer),
         path,
         fingerprint,
@@ -210,7 +210,7 @@ def cached_questions(config: Config, base: Base, window: Window, ranks: Ranks, a
 
 def prefix_key(config: Config) -> dict[str, str]:
     """What the placement of the context's keys and values adds to a key: only int8 changes what the teacher says."""
-    return {"prefix": "int8"} if config.distill.prefix == "int8" else {}
+    return {"prefix": "int8"} if config.model.prefix == "int8" else {}
 
 
 def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter) -> TeacherStore:
@@ -253,7 +253,7 @@ def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Rep
                     )
                 out.line(
                     f"teach      {what}, {seconds:.1f} s ({rate:,.0f} targets/s), context {size_text(prefix_bytes)} "
-                    f"({d.prefix}), written to {folder}"
+                    f"({config.model.prefix}), written to {folder}"
                 )
                 return store
     out.line(f"teach      {what}, found in {folder}, checked in {time.monotonic() - begin:.1f} s")

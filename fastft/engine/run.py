@@ -20,7 +20,7 @@ from fastft.engine.prepare import Base, Prepared, load_base, prepare, teach
 from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.trainer import Trainer
 from fastft.engine.training import StopRequest, train
-from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, total
+from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, total, truncated_nll
 from fastft.report import before_after, write_report
 from fastft.tasks import load_documents, select
 
@@ -150,7 +150,6 @@ def run_evaluation(
             base.text,
             ranks,
             in_context=in_context,
-            placement=config.distill.prefix,
             batch_size=config.evaluate.batch_size,
             max_new_tokens=config.evaluate.max_new_tokens if answers and config.evaluate.answers else None,
             advance=phase.advance,
@@ -202,6 +201,9 @@ def summarize(
         for name, scores in rows.items():
             summary |= {f"{metric}_{name}": value for metric, value in total(scores).items()}
         summary["recovery"] = recovery(summary["nll_no_context"], summary["nll_student"], summary["nll_teacher"])
+        if any(len(s.windows) > 1 for s in prepared.evaluated):
+            summary["nll_truncated"] = nll = truncated_nll(rows["teacher"])
+            summary["recovery_truncated"] = recovery(summary["nll_no_context"], nll, summary["nll_teacher"])
         summary["documents"] = [
             {
                 "id": s.document,

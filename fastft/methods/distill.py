@@ -48,7 +48,7 @@ def write_questions(
         return study.openings[i // len(sentences) % len(study.openings)]
 
     # The examples stand in front of every prompt: they are encoded once, with the window.
-    prefix = lm.encode_prefix((*window.token_ids, *text.encode(study.examples)), config.distill.prefix)
+    prefix = lm.encode_prefix((*window.token_ids, *text.encode(study.examples)))
     size = config.evaluate.batch_size
     found: dict[int, tuple[str, str]] = {}
     for start, counts in ranks.lockstep(list(range(0, study.count, size))):
@@ -178,7 +178,7 @@ def teach(
     prefix_bytes = 0
     for (w, members), counts in ranks.lockstep(jobs):
         if not ranks.all(known is not None and known[0] == w):
-            known = (w, lm.encode_prefix(windows[w].token_ids, config.prefix))
+            known = (w, lm.encode_prefix(windows[w].token_ids))
             prefix_bytes = max(prefix_bytes, known[1].nbytes)
         batch = [sequences[i] for i in members]
         input_ids, lengths = pack([s.token_ids for s in batch], [], lm.device)

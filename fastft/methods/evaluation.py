@@ -41,6 +41,7 @@ class Scores:
     f1: float | None = None  # summed over questions; None if no answers were generated
     exact_match: float | None = None
     questions: int = 0
+    nll_first_window: float | None = None  # in context: with the document cut to its first window; the sum, as nll
 
     @property
     def nll_per_token(self) -> float:
@@ -95,27 +96,26 @@ def evaluate(
     in_context: bool,
     batch_size: int,
     max_new_tokens: int | None = None,
-    placement: str = "device",
     advance: Advance = lambda n: None,
 ) -> list[Scores]:
-    """Scores of each question set. max_new_tokens: also generate greedy answers of that length; placement: of the
-    contexts' keys and values (`models.attention.Prefix`).
+    """Scores of each question set. max_new_tokens: also generate greedy answers of that length.
 
     In context, a document of several windows is scored for each question in the window that suits it best (the
-    highest likelihood of the gold answers): an upper bound on what retrieval of one window could give.
+    highest likelihood of the gold answers): an upper bound on what retrieval of one window could give. Its first window
+    alone, what a prompt cut to the model's window holds, is scored beside it.
     """
     jobs = [(index, begin) for index, s in enumerate(sets) for begin in range(0, len(s.prompts), batch_size)]
-    # Per question: nll, tokens, f1, exact match.
-    results = [torch.zeros(len(s.prompts), 4, dtype=torch.float64) for s in sets]
+    # Per question: nll, tokens, f1, exact match; nll in the first window.
+    results = [torch.zeros(len(s.prompts), 5, dtype=torch.float64) for s in sets]
     for (index, begin), counts in ranks.lockstep(jobs):
         questions = sets[index]
         span = range(begin, min(begin + batch_size, len(questions.prompts)))
         asked = [(questions.prompts[q], questions.answers[q]) for q in span]
         owner = torch.tensor([q - begin for q in span for _ in questions.answers[q]])
         lengths = torch.tensor([len(a) for q in span for a in questions.answers[q]], dtype=torch.float64)
-        best: torch.Tensor | None = None
+        best = first = None
         for window in questions.windows if in_context else [None]:
-            prefix = None if window is None else lm.encode_prefix(window.token_ids, placement)
+            prefix = None if window is None else lm.encode_prefix(window.token_ids)
             row = torch.zeros(len(span), 4, dtype=torch.float64)
             row[:, 0].index_add_(0, owner, answer_nll(lm, asked, prefix=prefix, leading=text.leading))
             row[:, 1].index_add_(0, owner, lengths)
@@ -133,16 +133,18 @@ def evaluate(
                     answer = text.decode(ids)
                     row[i, 2] = max(token_f1(answer, gold) for gold in questions.texts[q])
                     row[i, 3] = max(float(normalize(answer) == normalize(gold)) for gold in questions.texts[q])
+            first = row if first is None else first
             best = row if best is None else torch.where((row[:, 0] < best[:, 0])[:, None], row, best)
         if counts:
-            results[index][span.start : span.stop] = best
+            results[index][span.start : span.stop] = torch.cat([best, first[:, :1]], 1)
             advance(len(span))
     flat = ranks.sum(torch.cat(results)).split([len(r) for r in results])
     scores = []
     for result in flat:
-        nll, tokens, f1, exact_match = result.sum(0).tolist()
+        nll, tokens, f1, exact_match, first_window = result.sum(0).tolist()
         generated = (f1, exact_match) if max_new_tokens else (None, None)
-        scores.append(Scores(nll, int(tokens), *generated, questions=len(result)))
+        cut = first_window if in_context else None
+        scores.append(Scores(nll, int(tokens), *generated, questions=len(result), nll_first_window=cut))
     return scores
 
 
@@ -185,6 +187,11 @@ def total(scores: list[Scores]) -> dict[str, float]:
         means["f1"] = sum(s.f1 for s in scores) / questions
         means["exact_match"] = sum(s.exact_match for s in scores) / questions
     return means
+
+
+def truncated_nll(scores: list[Scores]) -> float:
+    """Mean nll per gold-answer token where each document is cut to its first window."""
+    return sum(s.nll_first_window for s in scores) / sum(s.answer_tokens for s in scores)
 
 
 def recovery(nll_no_context: float, nll_student: float, nll_teacher: float) -> float | None:

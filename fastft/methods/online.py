@@ -47,7 +47,7 @@ class OnlineTeacher:
         for w, members in groupby(sequences, key=lambda s: s.window):
             prefix = self.contexts.get(w)
             if prefix is None:
-                prefix = new[w] = Prefix(self.config.prefix)
+                prefix = new[w] = Prefix(self.lockstep.lm.placement)
                 prefix.length = len(self.windows[w].token_ids)
             groups.append((prefix, len(list(members))))
 

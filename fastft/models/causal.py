@@ -34,12 +34,14 @@ class Head(nn.Module):
 class PackedCausalLM(nn.Module):
     """Final hidden states of packed sequences, and a function of them and the head, without a [T, V] tensor."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, placement: str = "device"):
+        """placement: where the keys and values of encoded contexts live, see `Prefix`."""
         super().__init__()
         head = model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise ModelError(f"{type(model).__name__}: expected a language-model head without a bias")
         self.model = model
+        self.placement = placement
         self.head = Head(head.weight)
 
     def forward(
@@ -62,9 +64,9 @@ class PackedCausalLM(nn.Module):
         return self.model.device
 
     @torch.no_grad()
-    def encode_prefix(self, token_ids: tuple[int, ...], placement: str = "device") -> Prefix:
-        """Keys and values of a context, to be shared by all that follows it; placement: see `Prefix`."""
-        prefix = Prefix(placement)
+    def encode_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
+        """Keys and values of a context, to be shared by all that follows it."""
+        prefix = Prefix(self.placement)
         packed = PackedSequences([len(token_ids)], capture=prefix, device=self.device)
         self(torch.tensor(token_ids, device=self.device)[None], packed)
         return prefix

@@ -19,6 +19,9 @@ def before_after_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str
     for label, name in ROWS:
         f1, exact = summary.get(f"f1_{name}"), summary.get(f"exact_match_{name}")
         rows.append([label, f"{summary[f'nll_{name}']:.3f}", number(shown[name]), percent(f1), percent(exact)])
+    if "nll_truncated" in summary:
+        shown = number(summary["recovery_truncated"])
+        rows.append(["in context, cut to one window", f"{summary['nll_truncated']:.3f}", shown, "", ""])
     control = summary["control_recovery"]
     if control is not None:
         rows.append(["control: other documents", f"{summary['control_nll_student']:.3f}", number(control), "", ""])
@@ -33,8 +36,12 @@ def before_after(summary: dict[str, Any]) -> Table | str:
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
     for i, row in enumerate(rows):
-        table.add_row(*row, style="bold" if i == 1 else None, end_section=i == 2)
+        table.add_row(*row, style="bold" if i == 1 else None, end_section=_starts_control(rows, i + 1))
     return table
+
+
+def _starts_control(rows: list[list[str]], i: int) -> bool:
+    return i < len(rows) and rows[i][0].startswith("control")
 
 
 def sets_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

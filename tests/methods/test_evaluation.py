@@ -6,10 +6,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastft.methods.evaluation import answer_nll, normalize, recovery, token_f1
+from fastft.data.sequences import Window
+from fastft.distributed import Ranks
+from fastft.methods.evaluation import (
+    QuestionSet,
+    answer_nll,
+    evaluate,
+    normalize,
+    recovery,
+    token_f1,
+    truncated_nll,
+)
 from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.loading import load_model
+from fastft.models.text import Text
 
 
 @pytest.fixture(params=["llama", "opt"])
@@ -34,6 +45,23 @@ def test_answer_nll_equals_transformers(pair):
             at = torch.arange(ids.shape[1] - len(answer) - 1, ids.shape[1] - 1)
             expected = -log_probs[at, torch.tensor(answer)].sum()
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_windows_are_scored_apart(pair, tokenizer):
+    """Of several windows each question gets its best; the first one alone is what a cut prompt holds."""
+    ours, _ = pair
+    windows = [Window("d", "", (0, 9, 17, 33)), Window("d", "", (0, 200, 310, 42, 7))]
+    prompts, answers = [[45, 6], [8], [5, 5]], [[[70, 71]], [[300], [4]], [[399]]]
+
+    def scores(*chosen):
+        questions = QuestionSet("d", list(chosen), prompts, answers, [("a",)] * 3)
+        return evaluate(ours, [questions], Text(tokenizer), Ranks(), in_context=True, batch_size=2)[0]
+
+    both, first, second = scores(*windows), scores(windows[0]), scores(windows[1])
+    assert both.nll_first_window == pytest.approx(first.nll) and first.nll == first.nll_first_window
+    assert both.nll < min(first.nll, second.nll)
+    assert truncated_nll([both, both]) == pytest.approx(first.nll_per_token)
 
 
 @torch.no_grad()

@@ -54,9 +54,10 @@ def test_an_int8_prefix_of_smollm2_attends_as_the_exact_one_does(monkeypatch):
     path = loading.resolve("smollm2-135m", Config(output_dir="unused").cache_path)
     tokenizer = loading.load_tokenizer(path)
     lm = PackedCausalLM(loading.load_model(path, dtype="float32"))
+    int8_lm = PackedCausalLM(lm.model, placement="int8")
     document = tuple(tokenizer(load_documents(DataConfig())[0].text).input_ids)
     queries = [tokenizer(q, add_special_tokens=False).input_ids for q in QUERIES]
-    exact, int8 = lm.encode_prefix(document), lm.encode_prefix(document, "int8")
+    exact, int8 = lm.encode_prefix(document), int8_lm.encode_prefix(document)
     assert len(document) > 500 and int8.nbytes / exact.nbytes == pytest.approx((64 + 4) / (64 * 4))
     attend, worst, mean = attention._attend_prefix, [], []
 
