@@ -4,8 +4,8 @@ python benchmarks/long_document.py --json long.json [key.sub=value ...]
 
 The document is NarrativeQA summaries end to end, as many as it takes to `--tokens`; its questions are those of all of
 them. The model is SmolLM2-135M with its window set to `--window` positions. Scored are, without training, the questions
-alone, behind the document cut to its first window, and behind the window that suits each question best (an upper bound on
-what retrieving one window could give); and the trained model without any document.
+alone, behind the document cut to its first window, and behind the window that suits each question best (an upper bound
+on what retrieving one window could give); and the trained model without any document.
 """
 
 from __future__ import annotations
