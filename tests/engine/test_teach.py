@@ -181,3 +181,16 @@ def test_a_cache_folder_that_cannot_be_written_is_one_message(base_config, launc
     refused = launch(base_config(queries={"self_study": {"count": 0}}), f"cache_dir={tmp_path / 'file'}")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "cache_dir: " in refused.stderr and "Not a directory" in refused.stderr
+
+
+def test_a_prefix_in_host_memory_gives_the_same_targets_and_an_int8_one_its_own(base_config, launch):
+    raw = base_config(evaluate={"answers": False})
+    found = {}
+    for placement in ("device", "host", "int8"):
+        result = launch(raw, f"distill.prefix={placement}", "overwrite=true")
+        ok(result)
+        found[placement] = losses(Path(raw["output_dir"]))
+        expected = "found in" if placement == "host" else f"({placement}), written to"
+        assert expected in result.stdout
+    assert found["device"] == found["host"] != found["int8"]
+    torch.testing.assert_close(torch.tensor(found["int8"]), torch.tensor(found["device"]), rtol=0.05, atol=0)
