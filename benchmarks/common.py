@@ -168,7 +168,7 @@ def relative_error(ours: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ..
     return worst
 
 
-def _percentile(values: list[float], q: float) -> float:
+def percentile(values: list[float], q: float) -> float:
     values = sorted(values)
     return values[min(len(values) - 1, round(q * (len(values) - 1)))]
 
@@ -229,8 +229,8 @@ def run_case(case: Case, args, ceiling) -> list[dict]:
                 fraction = max(case.flops / ceiling[0], case.bytes / ceiling[1]) / seconds
             row |= {
                 "median_ms": median[impl],
-                "p20_ms": _percentile(times[impl], 0.2),
-                "p80_ms": _percentile(times[impl], 0.8),
+                "p20_ms": percentile(times[impl], 0.2),
+                "p80_ms": percentile(times[impl], 0.8),
                 "peak_memory_bytes": memory[impl],
                 "ratio_to_peer": ratio,
                 "roofline_fraction": fraction,

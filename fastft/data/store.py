@@ -263,8 +263,11 @@ class BuildLock:
     """The right to build a store: one run at a time has it, and the kernel takes it back when that run dies."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = io.FileIO(folder / "lock", "a")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = io.FileIO(folder / "lock", "a")
+        except OSError as error:
+            raise FastftError(f"cache_dir: {folder}: {error.strerror}") from None
 
     def acquire(self) -> bool:
         """Whether it is ours now; does not wait."""

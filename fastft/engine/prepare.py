@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -237,6 +239,7 @@ def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Rep
     folder = config.cache_path / "teacher" / layout.key
     what = f"{layout.positions:,} {d.targets} targets, {size_text(layout.nbytes)}"
     begin = time.monotonic()
+    check_shared(folder, ranks)
     store = TeacherStore.open(folder, layout, ranks)
     if not store.is_complete:
         with _sole_builder(folder, ranks, out):
@@ -316,17 +319,7 @@ def _compute(
 @contextmanager
 def _sole_builder(folder: Path, ranks: Ranks, out: Reporter) -> Iterator[None]:
     """One run builds a store at a time; others wait for it and then find its targets, all or some."""
-    lock, problem = None, None
-    if ranks.is_first:
-        try:
-            lock = BuildLock(folder)
-        except OSError as error:
-            problem = f"cache_dir: {folder}: {error.strerror}"
-    problem = ranks.gather(problem)[0]
-    if problem is None and not ranks.all(folder.is_dir()):
-        problem = f"cache_dir: {folder}: not every process sees this folder; set cache_dir to one that all nodes share"
-    if problem:
-        raise FastftError(problem)
+    lock = BuildLock(folder) if ranks.is_first else None
     try:
         waiting = False
         # The first rank tells the others at every turn: collectives have a time limit, another run has none.
@@ -339,3 +332,22 @@ def _sole_builder(folder: Path, ranks: Ranks, out: Reporter) -> Iterator[None]:
     finally:
         if lock:
             lock.release()
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Every rank reads what all ranks write: refuse a cache folder of which each node has its own."""
+    if ranks.world_size == 1:
+        return
+    probe = None
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-")  # noqa: SIM115
+    name = ranks.gather(probe and probe.name)[0]
+    shared = ranks.all(os.path.exists(name))
+    if probe:
+        probe.close()
+    if not shared:
+        raise FastftError(
+            f"cache_dir: {folder} is not the same folder for all {ranks.world_size} processes; set cache_dir to one "
+            "that all nodes share"
+        )

@@ -19,6 +19,9 @@ import yaml
 
 from fastft.data import store
 from fastft.data.store import BuildLock, StoreWriter
+from fastft.distributed import Ranks
+from fastft.engine.prepare import check_shared
+from fastft.errors import FastftError
 from tests.conftest import FACTS, ROOT, clean_environment, losses
 from tests.engine.test_run import ok
 
@@ -79,7 +82,7 @@ def test_a_killed_teach_phase_goes_on_where_it_stopped(long_config, launch, tmp_
     assert len(journals(long_config)) == processes
     resumed = launch(long_config)
     ok(resumed)
-    assert "teach      goes on: " in resumed.stdout and "targets/s), written to" in resumed.stdout
+    assert "teach      goes on: " in resumed.stdout and "targets/s), context" in resumed.stdout
     assert losses(Path(long_config["output_dir"])) == straight_losses(long_config, launch, tmp_path)
     again = launch(long_config, "overwrite=true")
     assert "found in" in again.stdout and "goes on" not in again.stdout
@@ -152,3 +155,42 @@ def test_a_second_run_waits_for_the_first(base_config, launch):
     ok(waited)
     assert "another run writes these targets; waiting for it" in waited.stdout
     assert "written to" in waited.stdout
+
+
+def test_a_cache_folder_that_is_not_shared_is_refused(tmp_path):
+    class OtherNode(Ranks):
+        """The second of two ranks, whose first has written its probe elsewhere, or here."""
+
+        def gather(self, value):
+            return [self.probe, value]
+
+        def all(self, value):
+            return value
+
+    (tmp_path / "probe").touch()
+    ranks = OtherNode(1, 2)
+    ranks.probe = str(tmp_path / "probe")
+    check_shared(tmp_path, ranks)
+    ranks.probe = str(tmp_path / "elsewhere")
+    with pytest.raises(FastftError, match="not the same folder for all 2 processes; set cache_dir"):
+        check_shared(tmp_path, ranks)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_message(base_config, launch, tmp_path):
+    (tmp_path / "file").touch()
+    refused = launch(base_config(queries={"self_study": {"count": 0}}), f"cache_dir={tmp_path / 'file'}")
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "cache_dir: " in refused.stderr and "Not a directory" in refused.stderr
+
+
+def test_a_prefix_in_host_memory_gives_the_same_targets_and_an_int8_one_its_own(base_config, launch):
+    raw = base_config(evaluate={"answers": False})
+    found = {}
+    for placement in ("device", "host", "int8"):
+        result = launch(raw, f"distill.prefix={placement}", "overwrite=true")
+        ok(result)
+        found[placement] = losses(Path(raw["output_dir"]))
+        expected = "found in" if placement == "host" else f"({placement}), written to"
+        assert expected in result.stdout
+    assert found["device"] == found["host"] != found["int8"]
+    torch.testing.assert_close(torch.tensor(found["int8"]), torch.tensor(found["device"]), rtol=0.05, atol=0)
