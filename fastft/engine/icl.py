@@ -26,6 +26,7 @@ from fastft.methods.evaluation import accuracy, matthews_correlation
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.report import sets_table, write_sets_report
+from fastft.tasks import Example
 
 
 def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
@@ -81,22 +82,13 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
                 advance=phase.advance,
             )
         seconds[name] = spent = time.monotonic() - begin
-        predicted, gold = log_probs.argmax(-1).tolist(), [e.label for e in asked]
         sets[name] = {
-            "examples": len(gold),
-            "accuracy": accuracy(predicted, gold),
-            **({"mcc": matthews_correlation(predicted, gold)} if task.metric == "mcc" else {}),
-            "majority": max(Counter(gold).values()) / len(gold),
+            **figures(asked, log_probs, task.metric),
             "tokens": tokens,
             "seconds": round(spent, 3),
             "tokens_per_s": tokens / spent,
         }
-        rows += [
-            {"set": name, "index": i, "label": g, "predicted": p, "log_probs": values[: len(own)]}
-            for i, (g, p, values, own) in enumerate(
-                zip(gold, predicted, log_probs.tolist(), queries.choices, strict=True)
-            )
-        ]
+        rows += predictions(name, asked, log_probs)
     seconds["total"] = time.monotonic() - began
     summary = {
         "method": "icl",
@@ -124,6 +116,29 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
             out.line(f"summary    {output_dir / 'summary.json'}  ({seconds['total']:.0f} s in all)")
     ranks.barrier()
     return summary
+
+
+def figures(asked: list[Example], log_probs: torch.Tensor, metric: str) -> dict[str, float]:
+    """What a set's log-probabilities of the choices [N, C] come to; majority is that of its most frequent label."""
+    predicted, gold = log_probs.argmax(-1).tolist(), [e.label for e in asked]
+    found = {"examples": len(gold), "accuracy": accuracy(predicted, gold)}
+    if metric == "mcc":
+        found["mcc"] = matthews_correlation(predicted, gold)
+    return {**found, "majority": max(Counter(gold).values()) / len(gold)}
+
+
+def predictions(name: str, asked: list[Example], log_probs: torch.Tensor) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl: examples in the order in which they were asked."""
+    return [
+        {
+            "set": name,
+            "index": i,
+            "label": example.label,
+            "predicted": int(values.argmax()),
+            "log_probs": values[values > -torch.inf].tolist(),
+        }
+        for i, (example, values) in enumerate(zip(asked, log_probs, strict=True))
+    ]
 
 
 def partition(lm: PackedCausalLM, config: Config, ranks: Ranks) -> tuple[PackedCausalLM, str]:
