@@ -162,10 +162,10 @@ def main() -> int:
     p.add_argument("--pattern", default="eval_harness")
     p.add_argument("--shots", type=int, default=16)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch", type=int, default=8, help="sequences per forward of the peers")
-    p.add_argument("--padded", type=int, default=8, metavar="N", help="examples that `padded` is run on")
-    p.add_argument("--unpadded", type=int, default=32, metavar="N", help="examples that `unpadded` is run on")
-    p.add_argument("--shared", type=int, default=277, metavar="N", help="examples that `shared_cache` is run on")
+    p.add_argument("--batch", type=int, default=4, help="sequences per forward of the peers")
+    p.add_argument("--padded", type=int, default=4, metavar="N", help="examples that `padded` is run on")
+    p.add_argument("--unpadded", type=int, default=16, metavar="N", help="examples that `unpadded` is run on")
+    p.add_argument("--shared", type=int, default=64, metavar="N", help="examples that `shared_cache` is run on")
     a = p.parse_args()
 
     path = loading.resolve(a.model, Config(output_dir="unused").cache_path)
@@ -233,6 +233,8 @@ def main() -> int:
                 memory[name] = common.peak_memory(once, a.device)
             else:
                 once()
+            took = seconds[name][-1]
+            print(f"round {r + 1}  {name:<12}  {took:7.1f} s for all  ({len(chosen)} run)", file=sys.stderr, flush=True)
 
     ours = logits[common.OURS].cpu()
     predicted = ours.argmax(-1)

@@ -215,7 +215,14 @@ class DistillConfig(Section):
     )
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="jsd: weight of the teacher in the mixture")
     temperature: PositiveFloat = Field(1.0, description="softmax temperature of both sides")
-    loss_on: Literal["all", "completion"] = Field("all", description="positions that are matched")
+    loss_on: Literal["all", "completion"] = Field(
+        "all", description="positions that are matched; completion, for a classification task: the label's alone"
+    )
+    examples: PositiveInt | None = Field(
+        256,
+        description="classification: how many unlabelled inputs of the train split the student learns from; null: all "
+        "that are not demonstrations",
+    )
     context_cache_gib: NonNegativeFloat = Field(
         2.0, description="online: encoded contexts that each process keeps between steps, the last used ones, in GiB"
     )
@@ -312,14 +319,17 @@ class EvaluateConfig(Section):
 
 
 # What a method has no use for. Setting such a key is an error: it would change nothing.
+_DOCUMENT_KEYS = [
+    *(f"data.{key}" for key in ("path", "documents", "control_documents", "heldout_fraction", "window")),
+    *(f"data.{key}" for key in ("context_pattern", "query_pattern", "answer_pattern", "answer_end")),
+    *("queries", "evaluate.answers", "evaluate.max_new_tokens"),
+]
 UNUSED = {
-    "distill": ["icl", "data.pattern", "data.ood", "evaluate.max_examples"],
-    "icl": [
-        "resume",
-        *(f"data.{key}" for key in ("path", "documents", "control_documents", "heldout_fraction")),
-        *(f"data.{key}" for key in ("context_pattern", "query_pattern", "answer_pattern", "answer_end", "window")),
-        *("queries", "distill", "peft", "train", "deepspeed.offload_optimizer"),
-        *("evaluate.answers", "evaluate.max_new_tokens"),
+    ("distill", "documents"): ["icl", "data.pattern", "data.ood", "evaluate.max_examples", "distill.examples"],
+    ("distill", "classification"): [*_DOCUMENT_KEYS, "data.ood"],
+    ("icl", "classification"): [
+        *_DOCUMENT_KEYS,
+        *("resume", "distill", "peft", "train", "deepspeed.offload_optimizer"),
     ],
 }
 
@@ -329,7 +339,8 @@ class Config(Section):
 
     method: Literal["distill", "icl"] = Field(
         "distill",
-        description="distill: context distillation of documents; icl: demonstrations in the prompt, nothing trained",
+        description="distill: context distillation, of documents or of a task's demonstrations; icl: demonstrations in "
+        "the prompt, nothing trained",
     )
     seed: NonNegativeInt = Field(0, description="seed of sampling, shuffling and initialisation")
     output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
@@ -369,18 +380,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _method(self):
-        set_in_vain = [key for key in UNUSED[self.method] if self._is_set(key)]
+        if (self.method, self.kind) not in UNUSED:
+            fitting = [k for method, k in UNUSED if method == self.method]
+            raise ValueError(f"method={self.method} needs a {fitting[0]} task, got data.task={self.data.task}")
+        set_in_vain = [key for key in UNUSED[self.method, self.kind] if self._is_set(key)]
         if set_in_vain:
-            raise ValueError(f"method={self.method} does not use {', '.join(set_in_vain)}; remove what is not used")
-        kind, fitting = {
-            "distill": ("documents", typing.get_args(DocumentTask)),
-            "icl": ("a classification task", typing.get_args(ClassificationTask)),
-        }[self.method]
-        if self.data.task not in fitting:
             raise ValueError(
-                f"method={self.method} needs {kind}, got data.task={self.data.task}; expected {', '.join(fitting)}"
+                f"method={self.method} with data.task={self.data.task} does not use {', '.join(set_in_vain)}; remove "
+                "what is not used"
             )
+        if self.method == "distill" and self.kind == "classification" and self.icl.num_shots == 0:
+            raise ValueError("icl.num_shots=0: without demonstrations there is nothing to distil; use 1 or more")
         return self
+
+    @property
+    def kind(self) -> Literal["documents", "classification"]:
+        return "documents" if self.data.task in typing.get_args(DocumentTask) else "classification"
 
     def _is_set(self, key: str) -> bool:
         section, _, name = key.rpartition(".")
@@ -389,7 +404,7 @@ class Config(Section):
     def dump(self) -> str:
         """YAML that loads back to an equal config."""
         plain = self.model_dump(mode="json")
-        for key in UNUSED[self.method]:
+        for key in UNUSED[self.method, self.kind]:
             section, _, name = key.rpartition(".")
             del (plain[section] if section else plain)[name]
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

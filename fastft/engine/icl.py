@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine import deepspeed_config
+from fastft.engine.few_shot import FewShot
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, open_output_dir, write_json, write_text
 from fastft.engine.prepare import load_base
@@ -26,7 +26,7 @@ from fastft.methods.evaluation import accuracy, matthews_correlation
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.report import sets_table, write_sets_report
-from fastft.tasks import Example, sample_demonstrations, select_pattern, select_tasks
+from fastft.tasks import Example
 
 
 def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
@@ -38,17 +38,8 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     stop.state = "stopped; nothing was written: the same command starts again"
     stop.install()
     began = time.monotonic()
-    tasks = select_tasks(config.data)
-    name, pattern = select_pattern(config.data)
-    root = config.data.root
-    pool = tasks[0].load("train", root) if config.icl.num_shots else []
-    examples = {task.name: _draw(task.load(config.data.split, root), config) for task in tasks}
-    labels = len(pattern.choices(examples[tasks[0].name][0]))
-
-    def demonstrations(num_shots: int) -> list[Example]:
-        return sample_demonstrations(pool, num_shots, labels, balanced=config.icl.balanced, seed=config.seed)
-
-    chosen = demonstrations(config.icl.num_shots)
+    few_shot = FewShot.load(config)
+    task, shown = few_shot.tasks[0], len(few_shot.demonstrations)
 
     ranks = start(config.deepspeed.threads_per_rank)
     out = Reporter(enabled=ranks.is_first)
@@ -64,32 +55,23 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     )
     seconds = {"load": time.monotonic() - began}
 
-    begin = time.monotonic()
-    shared = icl.encode_demonstrations(pattern, chosen, base.text)
-    step = labels if config.icl.balanced else 1
+    positions = loading.max_positions(base.lm.model)
     prefix = None
     sets, rows = {}, []
-    for task in tasks:
-        asked = examples[task.name]
-        if task is not tasks[0]:
-            begin = time.monotonic()
-        queries = icl.encode_queries(pattern, asked, base.text, behind_demonstrations=bool(chosen))
-        icl.check_room(
-            shared,
-            queries,
-            loading.max_positions(base.lm.model),
-            (
-                (k, len(icl.encode_demonstrations(pattern, demonstrations(k), base.text)))
-                for k in range(len(chosen) - step, -1, -step)
-            ),
-        )
-        if prefix is None and shared:
-            prefix = lm.encode_prefix(shared)
-            out.line(
-                f"prompt     {len(chosen)} demonstrations of {tasks[0].name}, {len(shared):,} tokens, encoded once: "
-                f"{prefix.nbytes / 2**20:.1f} MiB of keys and values"
-            )
-        with out.phase(task.name, len(asked), "examples") as phase:
+    for name, asked in few_shot.asked.items():
+        begin = time.monotonic()
+        queries = few_shot.encode(asked, base.text, positions)
+        tokens = sum(queries.sizes)
+        if name == task.name:
+            context = few_shot.encode_context(base.text)
+            prefix = lm.encode_prefix(context) if context else None
+            tokens += len(context)
+            if prefix:
+                out.line(
+                    f"prompt     {shown} demonstrations of {name}, {len(context):,} tokens, encoded once: "
+                    f"{prefix.nbytes / 2**20:.1f} MiB of keys and values"
+                )
+        with out.phase(name, len(asked), "examples") as phase:
             log_probs = icl.classify(
                 lm,
                 queries,
@@ -99,38 +81,27 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
                 score=config.icl.score,
                 advance=phase.advance,
             )
-        spent = time.monotonic() - begin
-        seconds[task.name] = spent
-        predicted, gold = log_probs.argmax(-1).tolist(), [e.label for e in asked]
-        tokens = sum(queries.sizes) + (len(shared) if task is tasks[0] else 0)
-        sets[task.name] = {
-            "examples": len(gold),
-            "accuracy": accuracy(predicted, gold),
-            **({"mcc": matthews_correlation(predicted, gold)} if task.metric == "mcc" else {}),
-            "majority": max(Counter(gold).values()) / len(gold),
+        seconds[name] = spent = time.monotonic() - begin
+        sets[name] = {
+            **figures(asked, log_probs, task.metric),
             "tokens": tokens,
             "seconds": round(spent, 3),
             "tokens_per_s": tokens / spent,
         }
-        rows += [
-            {"set": task.name, "index": i, "label": g, "predicted": p, "log_probs": values[: len(own)]}
-            for i, (g, p, values, own) in enumerate(
-                zip(gold, predicted, log_probs.tolist(), queries.choices, strict=True)
-            )
-        ]
+        rows += predictions(name, asked, log_probs)
     seconds["total"] = time.monotonic() - began
     summary = {
         "method": "icl",
         "model": config.model.name_or_path,
-        "task": tasks[0].name,
+        "task": task.name,
         "split": config.data.split,
-        "pattern": name,
-        "num_shots": len(chosen),
+        "pattern": few_shot.pattern_name,
+        "num_shots": shown,
         "balanced": config.icl.balanced,
         "seed": config.seed,
-        **{key: sets[tasks[0].name][key] for key in ("accuracy", "mcc", "majority") if key in sets[tasks[0].name]},
+        **{key: value for key, value in sets[task.name].items() if key in ("accuracy", "mcc", "majority")},
         "sets": sets,
-        "demonstration_tokens": len(shared),
+        "demonstration_tokens": len(context),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -147,13 +118,27 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     return summary
 
 
-def _draw(examples: list[Example], config: Config) -> list[Example]:
-    """The evaluated examples: all, or evaluate.max_examples of them, in the order of the split."""
-    most = config.evaluate.max_examples
-    if most is None or most >= len(examples):
-        return examples
-    drawn = random.Random(f"examples-{config.seed}").sample(range(len(examples)), most)
-    return [examples[i] for i in sorted(drawn)]
+def figures(asked: list[Example], log_probs: torch.Tensor, metric: str) -> dict[str, float]:
+    """What a set's log-probabilities of the choices [N, C] come to; majority is that of its most frequent label."""
+    predicted, gold = log_probs.argmax(-1).tolist(), [e.label for e in asked]
+    found = {"examples": len(gold), "accuracy": accuracy(predicted, gold)}
+    if metric == "mcc":
+        found["mcc"] = matthews_correlation(predicted, gold)
+    return {**found, "majority": max(Counter(gold).values()) / len(gold)}
+
+
+def predictions(name: str, asked: list[Example], log_probs: torch.Tensor) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl: examples in the order in which they were asked."""
+    return [
+        {
+            "set": name,
+            "index": i,
+            "label": example.label,
+            "predicted": int(values.argmax()),
+            "log_probs": values[values > -torch.inf].tolist(),
+        }
+        for i, (example, values) in enumerate(zip(asked, log_probs, strict=True))
+    ]
 
 
 def partition(lm: PackedCausalLM, config: Config, ranks: Ranks) -> tuple[PackedCausalLM, str]:

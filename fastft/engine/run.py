@@ -13,6 +13,7 @@ import torch
 from fastft import peft
 from fastft.config import Config
 from fastft.distributed import Ranks
+from fastft.engine.few_shot import FewShot, prepare_few_shot
 from fastft.engine.icl import evaluate_in_context
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
@@ -21,6 +22,7 @@ from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.trainer import Trainer
 from fastft.engine.training import StopRequest, train
 from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, total, truncated_nll
+from fastft.methods.icl import evaluate_choices
 from fastft.report import before_after, write_report
 from fastft.tasks import load_documents, select
 
@@ -45,7 +47,8 @@ def run(config: Config) -> dict[str, Any]:
     stop = StopRequest()
     stop.install()
     began = time.monotonic()
-    documents = load_documents(config.data)
+    few_shot = FewShot.load(config) if config.kind == "classification" else None
+    documents = [] if few_shot else load_documents(config.data)
     learned = select(documents, config.data.documents)
     ranks = start(config.deepspeed.threads_per_rank)
     out = Reporter(enabled=ranks.is_first)
@@ -63,12 +66,17 @@ def run(config: Config) -> dict[str, Any]:
     )
 
     with clock.measure("prepare"):
-        prepared = prepare(config, base, documents, learned, ranks, out)
+        if few_shot:
+            prepared = prepare_few_shot(few_shot, base)
+        else:
+            prepared = prepare(config, base, documents, learned, ranks, out)
     tokens = sum(len(s.token_ids) for s in prepared.sequences)
-    kinds = {k: sum(s.kind == k for s in prepared.sequences) for k in ("passage", "self_study", "question")}
+    kinds = {k: sum(s.kind == k for s in prepared.sequences) for k in ("passage", "self_study", "question", "input")}
+    source = f"{len(learned)} document{'s' if len(learned) > 1 else ''}, {len(prepared.windows)} contexts"
+    if few_shot:
+        source = f"{len(few_shot.demonstrations)} demonstrations of {config.data.task} in one context"
     out.line(
-        f"prepare    {len(learned)} document{'s' if len(learned) > 1 else ''}, {len(prepared.windows)} contexts of up "
-        f"to {max(len(w.token_ids) for w in prepared.windows)} tokens; "
+        f"prepare    {source} of up to {max(len(w.token_ids) for w in prepared.windows)} tokens; "
         + ", ".join(f"{n} {k.replace('_', '-')}" for k, n in kinds.items() if n)
         + f" sequences, {tokens:,} tokens"
     )
@@ -144,6 +152,17 @@ def run_evaluation(
     answers: bool = False,
 ) -> list[Scores]:
     with out.phase(name, sum(len(s.prompts) for s in sets), "questions") as phase:
+        if config.kind == "classification":
+            return evaluate_choices(
+                base.lm,
+                sets,
+                ranks,
+                in_context=in_context,
+                leading=base.text.leading,
+                batch_size=config.evaluate.batch_size,
+                score=config.icl.score,
+                advance=phase.advance,
+            )
         return evaluate(
             base.lm,
             sets,
@@ -186,7 +205,7 @@ def summarize(
     """The final figures, for all documents together and one by one."""
     summary: dict[str, Any] = {
         "method": config.method,
-        "setting": config.queries.setting,
+        "setting": config.queries.setting if config.kind == "documents" else "demonstrations",
         "peft": config.peft.kind,
         "model": config.model.name_or_path,
         "nll_no_context": None,

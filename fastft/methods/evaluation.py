@@ -40,6 +40,7 @@ class Scores:
     answer_tokens: int
     f1: float | None = None  # summed over questions; None if no answers were generated
     exact_match: float | None = None
+    accuracy: float | None = None  # choices only, of which each counts as one answer token
     questions: int = 0
     nll_first_window: float | None = None  # in context: with the document cut to its first window; the sum, as nll
 
@@ -186,6 +187,8 @@ def total(scores: list[Scores]) -> dict[str, float]:
     if scores[0].f1 is not None:
         means["f1"] = sum(s.f1 for s in scores) / questions
         means["exact_match"] = sum(s.exact_match for s in scores) / questions
+    if scores[0].accuracy is not None:
+        means["accuracy"] = sum(s.accuracy for s in scores) / questions
     return means
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastft.data.sequences import pack
+from fastft.data.sequences import Window, pack
 from fastft.distributed import Ranks
 from fastft.errors import DataError
-from fastft.methods.evaluation import Advance, answer_nll
+from fastft.methods.evaluation import Advance, Scores, answer_nll
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
@@ -48,6 +48,15 @@ class Queries:
         """Positions that the longest prompt takes with its longest choice."""
         pairs = zip(self.prompts, self.choices, strict=True)
         return max(len(prompt) + max(map(len, choices)) for prompt, choices in pairs)
+
+
+@dataclass(frozen=True)
+class ChoiceSet(Queries):
+    """Evaluated examples behind one context, or without it."""
+
+    document: str  # name of the set
+    windows: list[Window]  # the demonstrations
+    gold: list[int]
 
 
 def encode_demonstrations(pattern: Pattern, demonstrations: list[Example], text: Text) -> tuple[int, ...]:
@@ -137,3 +146,27 @@ def classify(
     scores = ranks.sum(scores).cpu()
     missing = torch.arange(scores.shape[1]) >= width[:, None]
     return scores.masked_fill(missing, -torch.inf).log_softmax(-1)
+
+
+def evaluate_choices(
+    lm: PackedCausalLM,
+    sets: list[ChoiceSet],
+    ranks: Ranks,
+    *,
+    in_context: bool,
+    leading: list[int],
+    batch_size: int,
+    score: str,
+    advance: Advance,
+) -> list[Scores]:
+    """Of each set: -log p of the right choice among the choices (nats), and how often it is the most likely one."""
+    scores = []
+    for s in sets:
+        front = s.windows[0].token_ids if in_context else tuple(leading)
+        prefix = lm.encode_prefix(front) if front else None
+        log_probs = classify(lm, s, ranks, prefix=prefix, batch_size=batch_size, score=score, advance=advance)
+        gold = torch.tensor(s.gold)
+        nll = -log_probs.gather(1, gold[:, None]).sum().item()
+        right = (log_probs.argmax(-1) == gold).sum().item()
+        scores.append(Scores(nll, len(gold), accuracy=right, questions=len(gold)))
+    return scores

@@ -33,9 +33,10 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
         f"<p>{_text(config.peft.kind)}, setting {_text(summary['setting'])}, "
         f"{summary['trained_parameters']:,} trained parameters, {summary['seconds']['total']:.0f} s.</p>",
         _table(heads, rows) if rows else "<p>No questions: nothing was evaluated.</p>",
-        "<p>NLL: negative log-likelihood of the gold answers in nats per token. Recovery: the share of the context's "
-        "effect that the trained parameters hold; 0 learned nothing, 1 equals the prompt. Control: the same for "
-        "questions about other documents; near 0 means that this document was learned, and not how answers look.</p>",
+        "<p>NLL: negative log-likelihood of the gold answers in nats per token, or of the right label among the "
+        "labels. Recovery: the share of the context's effect that the trained parameters hold; 0 learned nothing, 1 "
+        "equals the prompt. Control: the same for questions about other documents; near 0 means that this document was "
+        "learned, and not how answers look.</p>",
     ]
     if rows:
         plot = nll_plot(summary, metrics)

@@ -11,20 +11,23 @@ ROWS = (("no context", "no_context"), ("trained, no context", "student"), ("in c
 
 def before_after_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows as text; empty rows where no question was evaluated."""
-    heads = ["model", "NLL per token", "recovery", "F1", "exact match"]
+    labels = "accuracy_student" in summary  # a classification: its NLL is that of the right label
+    metrics = ["accuracy"] if labels else ["F1", "exact match"]
+    heads = ["model", "NLL of the label" if labels else "NLL per token", "recovery", *metrics]
     if summary["nll_no_context"] is None:
         return heads, []
     shown = {"no_context": 0.0, "student": summary["recovery"], "teacher": 1.0}
     rows = []
     for label, name in ROWS:
-        f1, exact = summary.get(f"f1_{name}"), summary.get(f"exact_match_{name}")
-        rows.append([label, f"{summary[f'nll_{name}']:.3f}", number(shown[name]), percent(f1), percent(exact)])
+        values = [percent(summary.get(f"{metric.lower().replace(' ', '_')}_{name}")) for metric in metrics]
+        rows.append([label, f"{summary[f'nll_{name}']:.3f}", number(shown[name]), *values])
     if "nll_truncated" in summary:
         shown = number(summary["recovery_truncated"])
-        rows.append(["in context, cut to one window", f"{summary['nll_truncated']:.3f}", shown, "", ""])
+        rows.append(["in context, cut to one window", f"{summary['nll_truncated']:.3f}", shown, *[""] * len(metrics)])
     control = summary["control_recovery"]
     if control is not None:
-        rows.append(["control: other documents", f"{summary['control_nll_student']:.3f}", number(control), "", ""])
+        nll = f"{summary['control_nll_student']:.3f}"
+        rows.append(["control: other documents", nll, number(control), *[""] * len(metrics)])
     return heads, rows
 
 

@@ -111,9 +111,9 @@ def test_fewer_examples_and_no_demonstrations(icl_config, launch):
     [
         ({"icl": {"num_shots": 18}}, r"the model has 512 positions; \d+ demonstrations fit: set icl.num_shots="),
         ({"icl": {"num_shots": 3}}, "cannot be balanced over 2 labels; use 2 or 4"),
-        ({"train": {"steps": 3}}, "method=icl does not use train; remove"),
+        ({"train": {"steps": 3}}, "method=icl with data.task=rte does not use train; remove"),
         ({"data": {"task": "narrativeqa"}}, "method=icl needs a classification task, got data.task=narrativeqa"),
-        ({"method": "distill"}, "method=distill does not use icl, data.ood"),
+        ({"method": "distill"}, "method=distill with data.task=rte does not use data.ood"),
     ],
 )
 def test_what_cannot_be_right_is_refused(icl_config, launch, changes, message):

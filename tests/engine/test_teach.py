@@ -187,7 +187,7 @@ def test_a_prefix_in_host_memory_gives_the_same_targets_and_an_int8_one_its_own(
     raw = base_config(evaluate={"answers": False})
     found = {}
     for placement in ("device", "host", "int8"):
-        result = launch(raw, f"distill.prefix={placement}", "overwrite=true")
+        result = launch(raw, f"model.prefix={placement}", "overwrite=true")
         ok(result)
         found[placement] = losses(Path(raw["output_dir"]))
         expected = "found in" if placement == "host" else f"({placement}), written to"

@@ -1,0 +1,89 @@
+"""Demonstrations of a classification task as a context: what in-context learning and its distillation start from."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from fastft.config import Config
+from fastft.data.sequences import Sequence, Window
+from fastft.engine.prepare import Base, Prepared
+from fastft.methods import icl
+from fastft.models import loading
+from fastft.models.text import Text
+from fastft.tasks import ClassificationTask, Example, Pattern, sample_demonstrations, select_pattern, select_tasks
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """A task as text: its demonstrations, the examples that are asked, and the inputs that are left."""
+
+    config: Config
+    tasks: list[ClassificationTask]  # the task, then its sets of another distribution
+    pattern_name: str
+    pattern: Pattern
+    train: list[Example]
+    demonstrations: list[Example]
+    asked: dict[str, list[Example]]  # by set
+
+    @classmethod
+    def load(cls, config: Config) -> FewShot:
+        """Read the configured task; raises DataError for what is missing or does not fit together."""
+        tasks, (name, pattern) = select_tasks(config.data), select_pattern(config.data)
+        root, split = config.data.root, config.data.split
+        train = tasks[0].load("train", root) if config.icl.num_shots else []
+        asked = {t.name: draw(t.load(split, root), config.evaluate.max_examples, config.seed) for t in tasks}
+        few_shot = cls(config, tasks, name, pattern, train, [], asked)
+        return cls(config, tasks, name, pattern, train, few_shot.sample(config.icl.num_shots), asked)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.pattern.choices(self.asked[self.tasks[0].name][0]))
+
+    def sample(self, num_shots: int) -> list[Example]:
+        c = self.config
+        return sample_demonstrations(self.train, num_shots, self.num_labels, balanced=c.icl.balanced, seed=c.seed)
+
+    def encode_context(self, text: Text) -> tuple[int, ...]:
+        return icl.encode_demonstrations(self.pattern, self.demonstrations, text)
+
+    def encode(self, examples: list[Example], text: Text, positions: int | None) -> icl.Queries:
+        """The examples' queries; raises DataError where the longest does not fit behind the demonstrations."""
+        shown = len(self.demonstrations)
+        queries = icl.encode_queries(self.pattern, examples, text, behind_demonstrations=shown > 0)
+        step = self.num_labels if self.config.icl.balanced else 1
+        fewer = (
+            (k, len(icl.encode_demonstrations(self.pattern, self.sample(k), text)))
+            for k in range(shown - step, -1, -step)
+        )
+        icl.check_room(self.encode_context(text), queries, positions, fewer)
+        return queries
+
+
+def draw(examples: list[Example], most: int | None, seed: int) -> list[Example]:
+    """All examples, or `most` of them drawn with the seed, in their order."""
+    if most is None or most >= len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(f"examples-{seed}").sample(range(len(examples)), most))]
+
+
+def prepare_few_shot(few_shot: FewShot, base: Base) -> Prepared:
+    """Distillation of demonstrations: one context, which are the demonstrations, and unlabelled inputs to match it on.
+
+    A sequence is a query as it stands behind the demonstrations. Its only completion position is the last, which
+    predicts the label (distill.loss_on=completion); distill.loss_on=all matches every position of the query.
+    """
+    config, text = few_shot.config, base.text
+    positions = loading.max_positions(base.lm.model)
+    task = few_shot.tasks[0].name
+    window = Window(task, "", few_shot.encode_context(text))
+    unseen = [e for e in few_shot.train if e not in few_shot.demonstrations]
+    inputs = few_shot.encode(draw(unseen, config.distill.examples, config.seed), text, positions)
+    queries = few_shot.encode(few_shot.asked[task], text, positions)
+    labels = [e.label for e in few_shot.asked[task]]
+    return Prepared(
+        windows=[window],
+        sequences=[Sequence(0, "input", tuple(prompt), ()) for prompt in inputs.prompts],
+        evaluated=[icl.ChoiceSet(queries.prompts, queries.choices, task, [window], labels)],
+        control=[],
+    )
