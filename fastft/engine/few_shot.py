@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from fastft.config import Config
 from fastft.data.sequences import Sequence, Window
-from fastft.engine.prepare import Base, Prepared
+from fastft.distributed import Ranks
+from fastft.engine.base import Base, Prepared
+from fastft.engine.progress import Reporter
 from fastft.methods import icl
 from fastft.models import loading
 from fastft.models.text import Text
@@ -59,31 +61,33 @@ class FewShot:
         icl.check_room(self.encode_context(text), queries, positions, fewer)
         return queries
 
+    def describe(self, windows: int) -> str:
+        return f"{len(self.demonstrations)} demonstrations of {self.config.data.task} in one context"
+
+    def prepare(self, base: Base, ranks: Ranks, out: Reporter) -> Prepared:
+        """For distillation: one context, which are the demonstrations, and unlabelled inputs to match it on.
+
+        A sequence is a query as it stands behind the demonstrations. Its only completion position is the last, which
+        predicts the label (distill.loss_on=completion); distill.loss_on=all matches every position of the query.
+        """
+        config, text = self.config, base.text
+        positions = loading.max_positions(base.lm.model)
+        task = self.tasks[0].name
+        window = Window(task, "", self.encode_context(text))
+        unseen = [e for e in self.train if e not in self.demonstrations]
+        inputs = self.encode(draw(unseen, config.distill.examples, config.seed), text, positions)
+        queries = self.encode(self.asked[task], text, positions)
+        labels = [e.label for e in self.asked[task]]
+        return Prepared(
+            windows=[window],
+            sequences=[Sequence(0, "input", tuple(prompt), ()) for prompt in inputs.prompts],
+            evaluated=[icl.ChoiceSet(queries.prompts, queries.choices, task, [window], labels)],
+            control=[],
+        )
+
 
 def draw(examples: list[Example], most: int | None, seed: int) -> list[Example]:
     """All examples, or `most` of them drawn with the seed, in their order."""
     if most is None or most >= len(examples):
         return examples
     return [examples[i] for i in sorted(random.Random(f"examples-{seed}").sample(range(len(examples)), most))]
-
-
-def prepare_few_shot(few_shot: FewShot, base: Base) -> Prepared:
-    """Distillation of demonstrations: one context, which are the demonstrations, and unlabelled inputs to match it on.
-
-    A sequence is a query as it stands behind the demonstrations. Its only completion position is the last, which
-    predicts the label (distill.loss_on=completion); distill.loss_on=all matches every position of the query.
-    """
-    config, text = few_shot.config, base.text
-    positions = loading.max_positions(base.lm.model)
-    task = few_shot.tasks[0].name
-    window = Window(task, "", few_shot.encode_context(text))
-    unseen = [e for e in few_shot.train if e not in few_shot.demonstrations]
-    inputs = few_shot.encode(draw(unseen, config.distill.examples, config.seed), text, positions)
-    queries = few_shot.encode(few_shot.asked[task], text, positions)
-    labels = [e.label for e in few_shot.asked[task]]
-    return Prepared(
-        windows=[window],
-        sequences=[Sequence(0, "input", tuple(prompt), ()) for prompt in inputs.prompts],
-        evaluated=[icl.ChoiceSet(queries.prompts, queries.choices, task, [window], labels)],
-        control=[],
-    )

@@ -14,10 +14,10 @@ import torch
 from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine import deepspeed_config
+from fastft.engine.base import load_base
 from fastft.engine.few_shot import FewShot
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, open_output_dir, write_json, write_text
-from fastft.engine.prepare import load_base
 from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.trainer import gather_by_layer
 from fastft.engine.training import StopRequest

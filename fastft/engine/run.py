@@ -13,18 +13,19 @@ import torch
 from fastft import peft
 from fastft.config import Config
 from fastft.distributed import Ranks
-from fastft.engine.few_shot import FewShot, prepare_few_shot
+from fastft.engine.base import Base, Prepared, load_base
+from fastft.engine.documents import Documents
+from fastft.engine.few_shot import FewShot
 from fastft.engine.icl import evaluate_in_context
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
-from fastft.engine.prepare import Base, Prepared, load_base, prepare, teach
 from fastft.engine.progress import Reporter, peak_memory_bytes
+from fastft.engine.teach import teach
 from fastft.engine.trainer import Trainer
 from fastft.engine.training import StopRequest, train
 from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, total, truncated_nll
 from fastft.methods.icl import evaluate_choices
 from fastft.report import before_after, write_report
-from fastft.tasks import load_documents, select
 
 
 @dataclass
@@ -47,9 +48,7 @@ def run(config: Config) -> dict[str, Any]:
     stop = StopRequest()
     stop.install()
     began = time.monotonic()
-    few_shot = FewShot.load(config) if config.kind == "classification" else None
-    documents = [] if few_shot else load_documents(config.data)
-    learned = select(documents, config.data.documents)
+    source = (Documents if config.kind == "documents" else FewShot).load(config)
     ranks = start(config.deepspeed.threads_per_rank)
     out = Reporter(enabled=ranks.is_first)
     clock = Clock()
@@ -66,17 +65,12 @@ def run(config: Config) -> dict[str, Any]:
     )
 
     with clock.measure("prepare"):
-        if few_shot:
-            prepared = prepare_few_shot(few_shot, base)
-        else:
-            prepared = prepare(config, base, documents, learned, ranks, out)
+        prepared = source.prepare(base, ranks, out)
     tokens = sum(len(s.token_ids) for s in prepared.sequences)
     kinds = {k: sum(s.kind == k for s in prepared.sequences) for k in ("passage", "self_study", "question", "input")}
-    source = f"{len(learned)} document{'s' if len(learned) > 1 else ''}, {len(prepared.windows)} contexts"
-    if few_shot:
-        source = f"{len(few_shot.demonstrations)} demonstrations of {config.data.task} in one context"
+    longest = max(len(w.token_ids) for w in prepared.windows)
     out.line(
-        f"prepare    {source} of up to {max(len(w.token_ids) for w in prepared.windows)} tokens; "
+        f"prepare    {source.describe(len(prepared.windows))} of up to {longest:,} tokens; "
         + ", ".join(f"{n} {k.replace('_', '-')}" for k, n in kinds.items() if n)
         + f" sequences, {tokens:,} tokens"
     )

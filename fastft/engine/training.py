@@ -14,8 +14,8 @@ from fastft.config import Config
 from fastft.data.sequences import Batch, Sequence, batches
 from fastft.data.store import TeacherStore
 from fastft.distributed import Ranks
+from fastft.engine.base import Base, Prepared
 from fastft.engine.output import Metrics
-from fastft.engine.prepare import Base, Prepared
 from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.trainer import NonFiniteStep, Trainer, list_checkpoints
 from fastft.errors import Interrupted, NonFiniteLossError

@@ -10,8 +10,9 @@ import torch
 
 from fastft.config import validate
 from fastft.distributed import Ranks
-from fastft.engine.few_shot import FewShot, prepare_few_shot
-from fastft.engine.prepare import load_base
+from fastft.engine.base import load_base
+from fastft.engine.few_shot import FewShot
+from fastft.engine.progress import Reporter
 from tests.conftest import losses
 from tests.engine.test_icl_run import ok, write
 
@@ -73,7 +74,7 @@ def test_the_context_scores_as_in_context_learning_does(few_shot_config, launch,
 def test_inputs_are_not_the_demonstrations(few_shot_config):
     config = validate(few_shot_config(distill={"examples": None}))
     few_shot = FewShot.load(config)
-    prepared = prepare_few_shot(few_shot, load_base(config, Ranks()))
+    prepared = few_shot.prepare(load_base(config, Ranks()), Ranks(), Reporter(enabled=False))
     distinct = {tuple(sorted(e.fields.items())) for e in few_shot.demonstrations}
     rest = [e for e in few_shot.train if tuple(sorted(e.fields.items())) not in distinct]
     assert len(prepared.sequences) == len(rest) < len(few_shot.train)

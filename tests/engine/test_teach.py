@@ -20,7 +20,7 @@ import yaml
 from fastft.data import store
 from fastft.data.store import BuildLock, StoreWriter
 from fastft.distributed import Ranks
-from fastft.engine.prepare import check_shared
+from fastft.engine.teach import check_shared
 from fastft.errors import FastftError
 from tests.conftest import FACTS, ROOT, clean_environment, losses
 from tests.engine.test_run import ok
