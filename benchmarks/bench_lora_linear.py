@@ -189,6 +189,30 @@ def quantised(args, K: int, N: int):
     )
 
 
+def trained_bias(args, K: int, N: int):
+    """What training a bias adds to a linear's backward; `reads_dy` reads dy once more, and computes nothing with it."""
+    data = Data(args, K, N, 1)
+    weight, dy = data.weights[0], data.dys[0]
+
+    def backward(extra):
+        return lambda: (torch.mm(dy, weight), extra())
+
+    up = torch.float64 if data.dtype == torch.float64 else torch.float32
+    return common.Case(
+        name="linear with a trained bias, backward",
+        shape={"M": args.rows, "K": K, "N": N},
+        implementations={
+            "frozen": lambda: (torch.mm(dy, weight),),
+            "trained": backward(lambda: dy.sum(0)),
+            "reads_dy": backward(lambda: dy.view(torch.int32).amax()),
+        },
+        reference=lambda: (dy.to(up) @ weight.to(up), dy.double().sum(0)),
+        bytes=dy.element_size() * (args.rows * (N + K) + N * K),
+        flops=2.0 * args.rows * K * N,
+        not_peers=("frozen", "reads_dy"),
+    )
+
+
 def main() -> int:
     p = common.parser(__doc__.splitlines()[0])
     p.add_argument("--rows", type=int, default=1024)
@@ -205,6 +229,8 @@ def main() -> int:
             functools.partial(case, args, K, ffn, 1, True),
             functools.partial(case, args, K, N, 3, True),
             functools.partial(quantised, args, K, N),
+            functools.partial(trained_bias, args, K, N),
+            functools.partial(trained_bias, args, K, ffn),
         ],
     )
 
