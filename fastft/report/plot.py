@@ -34,8 +34,8 @@ def line_plot(
 ) -> str:
     """One series of (x, y) in order of x, named at its last point.
 
-    markers: a dot at every point; dashed: nothing was measured between the points; from_zero: the y axis starts at 0.
-    Text and axes have the colour of the text around the plot.
+    x counts something: whole numbers are marked. markers: a dot at every point; dashed: nothing was measured between
+    the points; from_zero: the y axis starts at 0. Text and axes have the colour of the text around.
     """
     heights = [y for _, y in points] + [level.y for level in levels]
     x0, x1 = points[0][0], points[-1][0]
@@ -61,7 +61,7 @@ def line_plot(
     parts = []
     for y in ticks(y0, y1):
         parts += [line(at_y(y), "currentColor", 'opacity=".12"'), text(LEFT - 8, at_y(y) + 4, f"{y:g}", "end")]
-    parts += [text(at_x(x), HEIGHT - BOTTOM + 18, f"{x:g}") for x in ticks(x0, x1)]
+    parts += [text(at_x(x), HEIGHT - BOTTOM + 18, f"{x:g}") for x in ticks(x0, x1) if x == int(x)]
     parts += [text((LEFT + end) / 2, HEIGHT - 6, x_label)]
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts += [text(14, middle, y_label, more=f' transform="rotate(-90 14 {middle:.1f})"')]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from transformers import (
@@ -246,3 +248,40 @@ def test_an_int8_prefix_is_within_half_a_step(dtype):
 def test_a_placement_that_is_none_is_refused():
     with pytest.raises(ValueError, match="placement is 'disk', expected one of device, host, int8"):
         Prefix("disk")
+
+
+def test_layers_in_host_memory_are_copied_one_ahead(monkeypatch):
+    """The order of copies and waits that a GPU would see, with streams that only write down what happens."""
+    events = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def record_event(self):
+            return f"copy {events[-1][1]}"
+
+        def wait_event(self, event):
+            events.append(("wait", event))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: events.append(("keep", stream.name)))
+    prefix = Prefix("host")
+    for layer in (3, 4, 5):
+        prefix.put(layer, torch.full((1, 1, 2, 4), float(layer)), torch.full((1, 1, 2, 4), -float(layer)))
+    prefix._device = torch.device("cpu")
+    start = prefix._start_copy
+    monkeypatch.setattr(prefix, "_start_copy", lambda layer: (events.append(("copy", layer)), start(layer)))
+    for layer in (3, 4, 5, 3):
+        k, v = prefix.fetch(layer)
+        assert k.unique().tolist() == [layer] and v.unique().tolist() == [-layer]
+        assert len(prefix._copies) == 1  # with the one handed out, two layers are on the device
+    kept = [("keep", "main")] * 2
+    assert events == [
+        *[("copy", 3), ("copy", 4), ("wait", "copy 3"), *kept],
+        *[("copy", 5), ("wait", "copy 4"), *kept],
+        *[("copy", 3), ("wait", "copy 5"), *kept],  # for the next forward
+        *[("copy", 4), ("wait", "copy 3"), *kept],
+    ]
