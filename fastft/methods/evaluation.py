@@ -105,47 +105,53 @@ def evaluate(
     highest likelihood of the gold answers): an upper bound on what retrieval of one window could give. Its first window
     alone, what a prompt cut to the model's window holds, is scored beside it.
     """
-    jobs = [(index, begin) for index, s in enumerate(sets) for begin in range(0, len(s.prompts), batch_size)]
-    # Per question: nll, tokens, f1, exact match; nll in the first window.
-    results = [torch.zeros(len(s.prompts), 5, dtype=torch.float64) for s in sets]
-    for (index, begin), counts in ranks.lockstep(jobs):
+    count = [len(s.windows) if in_context else 1 for s in sets]
+    jobs = [
+        (index, w, begin)
+        for index, s in enumerate(sets)
+        for w in range(count[index])
+        for begin in range(0, len(s.prompts), batch_size)
+    ]
+    # Of each question in each window: nll, tokens, f1, exact match.
+    results = [torch.zeros(n, len(s.prompts), 4, dtype=torch.float64) for n, s in zip(count, sets, strict=True)]
+    known: tuple[int, int] | None = None
+    prefix, leading = None, text.leading
+    for (index, w, begin), counts in ranks.lockstep(jobs):
         questions = sets[index]
+        if in_context and not ranks.all(known == (index, w)):
+            known, prefix, leading = (index, w), lm.encode_prefix(questions.windows[w].token_ids), []
         span = range(begin, min(begin + batch_size, len(questions.prompts)))
         asked = [(questions.prompts[q], questions.answers[q]) for q in span]
         owner = torch.tensor([q - begin for q in span for _ in questions.answers[q]])
         lengths = torch.tensor([len(a) for q in span for a in questions.answers[q]], dtype=torch.float64)
-        best = first = None
-        for window in questions.windows if in_context else [None]:
-            prefix = None if window is None else lm.encode_prefix(window.token_ids)
-            row = torch.zeros(len(span), 4, dtype=torch.float64)
-            row[:, 0].index_add_(0, owner, answer_nll(lm, asked, prefix=prefix, leading=text.leading))
-            row[:, 1].index_add_(0, owner, lengths)
-            if max_new_tokens:
-                leading = text.leading if prefix is None else []
-                answers = generate(
-                    lm,
-                    [[*leading, *questions.prompts[q]] for q in span],
-                    stop=text.ends_line,
-                    max_new_tokens=max_new_tokens,
-                    prefix=prefix,
-                    ranks=ranks,
-                )
-                for i, (q, ids) in enumerate(zip(span, answers, strict=True)):
-                    answer = text.decode(ids)
-                    row[i, 2] = max(token_f1(answer, gold) for gold in questions.texts[q])
-                    row[i, 3] = max(float(normalize(answer) == normalize(gold)) for gold in questions.texts[q])
-            first = row if first is None else first
-            best = row if best is None else torch.where((row[:, 0] < best[:, 0])[:, None], row, best)
+        row = torch.zeros(len(span), 4, dtype=torch.float64)
+        row[:, 0].index_add_(0, owner, answer_nll(lm, asked, prefix=prefix, leading=leading))
+        row[:, 1].index_add_(0, owner, lengths)
+        if max_new_tokens:
+            answers = generate(
+                lm,
+                [[*leading, *questions.prompts[q]] for q in span],
+                stop=text.ends_line,
+                max_new_tokens=max_new_tokens,
+                prefix=prefix,
+                ranks=ranks,
+            )
+            for i, (q, ids) in enumerate(zip(span, answers, strict=True)):
+                answer = text.decode(ids)
+                row[i, 2] = max(token_f1(answer, gold) for gold in questions.texts[q])
+                row[i, 3] = max(float(normalize(answer) == normalize(gold)) for gold in questions.texts[q])
         if counts:
-            results[index][span.start : span.stop] = torch.cat([best, first[:, :1]], 1)
-            advance(len(span))
-    flat = ranks.sum(torch.cat(results)).split([len(r) for r in results])
+            results[index][w, span.start : span.stop] = row
+            advance(len(span) if w == count[index] - 1 else 0)
+    summed = ranks.sum(torch.cat([r.flatten() for r in results])).cpu().split([r.numel() for r in results])
     scores = []
-    for result in flat:
-        nll, tokens, f1, exact_match, first_window = result.sum(0).tolist()
+    for flat, result in zip(summed, results, strict=True):
+        in_window = flat.view(result.shape)
+        best = in_window[in_window[..., 0].argmin(0), torch.arange(result.shape[1])]
+        nll, tokens, f1, exact_match = best.sum(0).tolist()
         generated = (f1, exact_match) if max_new_tokens else (None, None)
-        cut = first_window if in_context else None
-        scores.append(Scores(nll, int(tokens), *generated, questions=len(result), nll_first_window=cut))
+        cut = in_window[0, :, 0].sum().item() if in_context else None
+        scores.append(Scores(nll, int(tokens), *generated, questions=len(best), nll_first_window=cut))
     return scores
 
 
