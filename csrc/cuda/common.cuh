@@ -1,7 +1,7 @@
 // What the row kernels share: 16-byte loads and stores, sums over a block, launches and their checks.
 //
-// No kernel has atomics: threads own fixed elements and states are merged in a fixed order, so two runs agree
-// bit for bit.
+// No row kernel has atomics: threads own fixed elements and states are merged in a fixed order, so two runs
+// agree bit for bit.
 #pragma once
 
 #include <cuda_bf16.h>
