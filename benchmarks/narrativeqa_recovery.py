@@ -17,6 +17,7 @@ import argparse
 import json
 import shlex
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,12 @@ def span(text: str) -> range:
 
 def run_fastft(config: str, index: int, folder: Path, model: str, overrides: list[str]) -> dict[str, Any]:
     output = folder / f"fastft-{index}"
-    command = [shutil.which("deepspeed"), str(ROOT / "fastft/train.py"), "--cfg", config, f"data.documents=[{index}]"]
+    # A port of its own: two of these scripts may run at once.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [shutil.which("deepspeed"), "--master_port", str(port), str(ROOT / "fastft/train.py"), "--cfg", config]
+    command += [f"data.documents=[{index}]"]
     command += [f"output_dir={output}", f"cache_dir={folder / 'cache'}", f"model.name_or_path={model}"]
     command += ["overwrite=true", "evaluate.answers=false", "train.eval_every=5", *overrides]
     shutil.rmtree(folder / "cache", ignore_errors=True)
