@@ -286,13 +286,14 @@ def attention_with_lse(
     """softmax(q k^T * scale) v and its log-sum-exp: [B, H, L, D] and float32 (float64 for float64) [B, H, L].
 
     q [B, H, L, D]; k, v [B, H, S, D]; mask [B, 1, 1 or L, S] bool, true where a key may be seen. No gradient.
-    torch's flash kernel on the CPU, or plain products for few scores of many sequences; on a GPU its flash kernel, or
-    its memory-efficient one where there is a mask or a dtype that flash does not take.
+    torch's flash kernel on the CPU, or plain products for few scores with a mask; on a GPU its flash kernel, or its
+    memory-efficient one where there is a mask or a dtype that flash does not take.
     """
     B, H, L, S = *q.shape[:3], k.shape[2]
     on_cpu = q.device.type == "cpu"
-    few = (mask is not None or is_causal) and B * H * L * S <= MATERIALISED_SCORES
-    if (on_cpu and few) or (not on_cpu and q.dtype == torch.float64):
+    if (on_cpu and mask is not None and B * H * L * S <= MATERIALISED_SCORES) or (
+        not on_cpu and q.dtype == torch.float64
+    ):
         return _materialised_attention(q, k, v, scale, is_causal, mask)
     bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     aten = torch.ops.aten
@@ -306,14 +307,13 @@ def attention_with_lse(
 
 
 def _materialised_attention(q, k, v, scale: float, is_causal: bool, mask: torch.Tensor | None) -> KeyValue:
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
-        scores.masked_fill_(future, -torch.inf)
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
     if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(scores, -1)
-    return scores.softmax(-1).to(v.dtype) @ v, lse
+    return torch.exp(scores - lse[..., None]).to(v.dtype) @ v, lse
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, dropout: float = 0.0):
