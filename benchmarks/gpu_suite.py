@@ -121,9 +121,10 @@ class Suite:
         (self.out / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
-# Benchmarks that are run more than once: the first part with all peers, the others without torch.compile, whose
-# compilation takes longer than everything else.
-BENCH_PARTS = {
+# In this order: kernels before whole steps. Of benchmarks that are run more than once the first part has all peers, the
+# others none of torch.compile, whose compilation takes longer than everything else.
+BENCHES = {
+    "bench_bias_adamw": {"bench_bias_adamw": []},
     "bench_kl": {
         "bench_kl": ["--model", "opt-30b", "--rows", "2048"],
         "bench_kl_llama": ["--model", "llama-3-8b", "--rows", "2048", "--no-compile"],
@@ -135,6 +136,15 @@ BENCH_PARTS = {
         "bench_lora_linear_256": ["--model", "opt-30b", "--rows", "256", "--form", "kernels", "--no-compile"],
         "bench_lora_linear_llama": ["--model", "llama-3-8b", "--rows", "2048", "--form", "kernels", "--no-compile"],
     },
+    "bench_distill_step": {  # OPT-1.3B's shape
+        "bench_distill_step": [
+            *("--hidden", "2048", "--layers", "24", "--heads", "32", "--ffn", "8192"),
+            *("--context", "1792", "--query", "256"),
+        ],
+    },
+    "bench_context_length": {"bench_context_length": ["--limit-gib", "16"]},
+    # Needs the packaged SmolLM2 and RTE (FASTFT_DATA, or the hub).
+    "bench_icl": {"bench_icl": ["--batch", "16", "--padded", "32", "--unpadded", "64"]},
 }
 
 INFO = """
@@ -175,10 +185,11 @@ def main() -> int:
             suite.run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", SANITIZED], 90)
         else:
             suite.note(tool, "skipped", 0, "compute-sanitizer is not on PATH")
-    for bench in sorted(Path(__file__).parent.glob("bench_*.py")):
-        for part, options in BENCH_PARTS.get(bench.stem, {bench.stem: []}).items():
-            command = [python, str(bench), "--device", "cuda", "--json", str(args.out / f"{part}.json"), *options]
-            suite.run(part, command, 150 if part == bench.stem else 60)
+    for bench, parts in BENCHES.items():
+        for part, options in parts.items():
+            command = [python, str(ROOT / f"benchmarks/{bench}.py"), "--device", "cuda"]
+            command += ["--json", str(args.out / f"{part}.json"), *options]
+            suite.run(part, command, 150 if part == bench else 60)
     suite.run("test_trainer", [python, "-m", "pytest", "-q", "tests/models", "tests/methods", "tests/engine"], 240)
     model = args.out / "opt-1.3b"
     suite.run("model", [python, str(ROOT / "benchmarks/random_model.py"), "opt-1.3b", str(model)], 60)
