@@ -10,7 +10,8 @@ from fastft.data.sequences import Sequence, Window
 from fastft.distributed import Ranks
 from fastft.engine.base import Base, Prepared
 from fastft.engine.progress import Reporter
-from fastft.methods import icl
+from fastft.errors import DataError
+from fastft.methods import distill, icl
 from fastft.models import loading
 from fastft.models.text import Text
 from fastft.tasks import ClassificationTask, Example, Pattern, sample_demonstrations, select_pattern, select_tasks
@@ -76,6 +77,13 @@ class FewShot:
         window = Window(task, "", self.encode_context(text))
         unseen = [e for e in self.train if e not in self.demonstrations]
         inputs = self.encode(draw(unseen, config.distill.examples, config.seed), text, positions)
+        longest, sampled = max(map(len, inputs.prompts)), distill.sampled_tokens(config.distill)
+        if positions is not None and len(window.token_ids) + longest + sampled > positions:
+            raise DataError(
+                f"{len(window.token_ids)} tokens of demonstrations, {longest} of an input and distill.on_policy_tokens="
+                f"{sampled} are more than the model's {positions} positions; lower icl.num_shots or "
+                "distill.on_policy_tokens"
+            )
         queries = self.encode(self.asked[task], text, positions)
         labels = [e.label for e in self.asked[task]]
         return Prepared(

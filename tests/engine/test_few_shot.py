@@ -81,6 +81,15 @@ def test_inputs_are_not_the_demonstrations(few_shot_config):
     assert all(s.completion == () and len(s.target_positions("completion")) == 1 for s in prepared.sequences)
 
 
+def test_an_online_teacher_gives_the_same(few_shot_config, launch, tmp_path):
+    found = []
+    for teacher in ("stored", "online"):
+        raw = few_shot_config(distill={"teacher": teacher, "examples": 12}, train={"steps": 6, "batch_size": 5})
+        ok(launch({**raw, "output_dir": str(tmp_path / teacher)}))
+        found.append(torch.tensor(losses(tmp_path / teacher)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+
+
 def test_two_processes_give_the_same(few_shot_config, launch, tmp_path):
     found = []
     for processes, stage in ((1, 0), (2, 3)):
@@ -97,6 +106,10 @@ def test_two_processes_give_the_same(few_shot_config, launch, tmp_path):
     [
         ({"icl": {"num_shots": 0}}, "nothing to distil"),
         ({"queries": {"setting": "with_questions"}}, "data.task=rte does not use queries"),
+        (
+            {"distill": {"teacher": "online", "on_policy": 1.0, "on_policy_tokens": 500}},
+            "are more than the model's 512 positions; lower icl.num_shots or distill.on_policy_tokens",
+        ),
     ],
 )
 def test_what_cannot_be_right_is_refused(few_shot_config, launch, changes, message):
