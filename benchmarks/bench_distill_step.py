@@ -264,7 +264,7 @@ def main() -> int:
     for name, value in (("context", 896), ("query", 64), ("batch", 4), ("rank", 16)):
         p.add_argument(f"--{name}", type=int, default=value)
     p.add_argument("--queries", type=int, default=16, help="queries per context in fastft_first_epoch")
-    p.add_argument("--zero-stage", type=int, default=3, choices=range(4))
+    p.add_argument("--zero-stage", type=int, default=0, choices=range(4), help="0: one process has nothing to shard")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         return common.main(args, [functools.partial(case, args, Path(folder))])
