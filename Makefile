@@ -26,10 +26,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator -type f))
 
-bench: $(VENV)/.built
+bench: $(VENV)/.built $(VENV)/.demo
 	@$(PIP) ".[bench]"
 	@mkdir -p runs/bench
-	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script --json runs/bench/$$(basename $$script .py).json; done
+	@failed=; for script in benchmarks/bench_*.py; do \
+	  $(BIN)/python $$script --json runs/bench/$$(basename $$script .py).json || failed="$$failed $$script"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 install: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 
