@@ -19,8 +19,8 @@ from fastft.engine.few_shot import FewShot
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, open_output_dir, write_json, write_text
 from fastft.engine.progress import Reporter, peak_memory_bytes
+from fastft.engine.stop import StopRequest
 from fastft.engine.trainer import gather_by_layer
-from fastft.engine.training import StopRequest
 from fastft.methods import icl
 from fastft.methods.evaluation import accuracy, matthews_correlation
 from fastft.models import loading

@@ -20,9 +20,10 @@ from fastft.engine.icl import evaluate_in_context
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
 from fastft.engine.progress import Reporter, peak_memory_bytes
+from fastft.engine.stop import StopRequest
 from fastft.engine.teach import teach
 from fastft.engine.trainer import Trainer
-from fastft.engine.training import StopRequest, train
+from fastft.engine.training import Training
 from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, total, truncated_nll
 from fastft.methods.icl import evaluate_choices
 from fastft.report import before_after, write_report
@@ -104,7 +105,10 @@ def run(config: Config) -> dict[str, Any]:
         return total(student(prepared.evaluated, answers=False))
 
     with clock.measure("train"):
-        history = train(config, trainer, prepared, store, base, output_dir, resumed, stop, student_totals, ranks, out)
+        training = Training(
+            config, base, prepared, store, trainer, output_dir, student_totals, stop, ranks=ranks, out=out
+        )
+        history = training.run(resumed)
 
     tensors = trainer.trained_tensors()
     if ranks.is_first:  # before the evaluation, which may be stopped
