@@ -36,7 +36,8 @@ class Documents:
         return cls(config, documents, select(documents, config.data.documents))
 
     def describe(self, windows: int) -> str:
-        return f"{len(self.learned)} document{'s' if len(self.learned) > 1 else ''}, {windows} contexts"
+        documents = f"{len(self.learned)} document{'s' if len(self.learned) > 1 else ''}"
+        return f"{documents}, {windows} context{'s' if windows > 1 else ''}"
 
     def prepare(self, base: Base, ranks: Ranks, out: Reporter) -> Prepared:
         """Contexts, student sequences and scored questions as token ids."""
