@@ -149,7 +149,8 @@ def run_evaluation(
     in_context: bool,
     answers: bool = False,
 ) -> list[Scores]:
-    with out.phase(name, sum(len(s.prompts) for s in sets), "questions") as phase:
+    count = sum(len(s.prompts) * (len(s.windows) if in_context else 1) for s in sets)
+    with out.phase(name, count, "questions") as phase:
         if config.kind == "classification":
             return evaluate_choices(
                 base.lm,

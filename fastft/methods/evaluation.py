@@ -103,7 +103,7 @@ def evaluate(
 
     In context, a document of several windows is scored for each question in the window that suits it best (the
     highest likelihood of the gold answers): an upper bound on what retrieval of one window could give. Its first window
-    alone, what a prompt cut to the model's window holds, is scored beside it.
+    alone, what a prompt cut to the model's window holds, is scored beside it. advance counts a question in each window.
     """
     count = [len(s.windows) if in_context else 1 for s in sets]
     jobs = [
@@ -142,7 +142,7 @@ def evaluate(
                 row[i, 3] = max(float(normalize(answer) == normalize(gold)) for gold in questions.texts[q])
         if counts:
             results[index][w, span.start : span.stop] = row
-            advance(len(span) if w == count[index] - 1 else 0)
+            advance(len(span))
     summed = ranks.sum(torch.cat([r.flatten() for r in results])).cpu().split([r.numel() for r in results])
     scores = []
     for flat, result in zip(summed, results, strict=True):

@@ -284,6 +284,18 @@ def test_bad_input_gets_one_message(base_config, launch, change, message):
     assert not (Path(raw["output_dir"]) / "summary.json").exists()
 
 
+def test_a_document_of_several_windows(base_config, launch):
+    """Scored in its best window and cut to its first; the table and the summary say both."""
+    window = {"tokens": 40, "overlap": 4}
+    raw = base_config(data={"window": window}, queries={"self_study": {"count": 0}}, evaluate={"answers": False})
+    result = launch(raw)
+    ok(result)
+    summary = summary_of(raw)
+    assert "in context, cut to one window" in result.stdout and "1 document, 1 context" not in result.stdout
+    assert summary["nll_truncated"] >= summary["nll_teacher"] and summary["recovery_truncated"] <= 1
+    assert "nll_truncated" not in summary["documents"][0]
+
+
 def test_results_stay_until_the_run_that_replaces_them_begins(base_config, launch):
     raw = base_config()
     ok(launch(raw))
