@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastft.engine import run as engine_run
+from fastft.engine.training import Training
 from tests.conftest import losses
 from tests.engine.test_run import ok, summary_of
 
@@ -56,15 +56,15 @@ def test_the_teacher_costs_no_gather(base_config, launch, tmp_path, monkeypatch)
 
     monkeypatch.setattr(coordinator, "_PartitionedParameterCoordinator__all_gather_params", counted_gather)
     monkeypatch.setattr(coordinator, "_invalidate_trace", counted_invalidate)
-    train, found = engine_run.train, []
+    take_steps, found = Training.run, []
 
-    def counted_train(*arguments):
+    def counted_run(self, checkpoint):
         gathered.clear()
-        history = train(*arguments)
+        figures = take_steps(self, checkpoint)
         found.append(sum(gathered))
-        return history
+        return figures
 
-    monkeypatch.setattr(engine_run, "train", counted_train)
+    monkeypatch.setattr(Training, "run", counted_run)
     own = tmp_path / "ds.json"  # nothing stays gathered
     zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
     own.write_text(json.dumps({"zero_optimization": zero}))
