@@ -6,12 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import torch
+
 from fastft.config import Config
 from fastft.data.sequences import Sequence, Window
 from fastft.distributed import Ranks
 from fastft.errors import FastftError
 from fastft.methods.evaluation import QuestionSet
-from fastft.models import loading
+from fastft.models import flash, loading
 from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
 
@@ -25,6 +27,7 @@ class Base:
     path: str
     fingerprint: str
     tokenizer_fingerprint: str
+    attention: str  # who computes it on a GPU, in words; empty on a CPU
 
 
 @dataclass
@@ -49,12 +52,15 @@ def load_base(config: Config, ranks: Ranks) -> Base:
     model = loading.load_model(
         path,
         dtype=m.dtype,
+        attention=m.attention,
         revision=m.revision,
         trust_remote_code=m.trust_remote_code,
         random_weights=m.random_weights,
         seed=config.seed,
     )
     loading.check_tokenizer(tokenizer, model, path)
+    # A back end that was asked for and cannot be used is refused here, not at the first layer.
+    backend = flash.select(m.attention, ranks.device, getattr(torch, m.dtype), loading.head_size(model))
     fingerprint = loading.fingerprint(model)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return Base(
@@ -63,6 +69,7 @@ def load_base(config: Config, ranks: Ranks) -> Base:
         path,
         fingerprint,
         hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "" if ranks.device.type == "cpu" else f"  attention {backend.title if backend else 'padded'}",
     )
 
 

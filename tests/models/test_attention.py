@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from fastft.models import attention
-from fastft.models.attention import IMPLEMENTATION, DecodeCache, PackedSequences, Prefix, merge
+from fastft.models.attention import IMPLEMENTATION, merge
+from fastft.models.packing import DecodeCache, PackedSequences, Prefix
 
 COMMON = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 
