@@ -7,8 +7,8 @@ any order unless torch.use_deterministic_algorithms is set.
 
 Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv 2307.08691 (2); Shah et al. 2024, arXiv 2407.08608 (3).
 
-Shapes: T packed tokens, B sequences, L queries, S keys, H query heads, G key/value heads (H / G neighbouring query heads
-share one), D head size.
+Shapes: T packed tokens, B sequences, L queries, S keys, H query heads, G key/value heads (H / G neighbouring query
+heads share one), D head size.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ class FlashAttn(Backend):
 
     def _import_problem(self) -> str | None:
         try:
-            functions = self._import()
+            arguments = inspect.signature(self._import().flash_attn_varlen_func).parameters
         except Exception as error:  # a package that was built for another torch fails with anything
             return f"cannot be imported: {error}".splitlines()[0]
-        if self.returns_lse not in inspect.signature(functions.flash_attn_varlen_func).parameters:
+        if self.returns_lse not in arguments:
             return f"is too old: {self.module}.flash_attn_varlen_func has no argument {self.returns_lse}"
         return None
 
@@ -142,8 +142,8 @@ class TorchFlash(Backend):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
 
 
-# In order of preference. Kernels of 3 are for Hopper (9.0), of 4 for Hopper and Blackwell (10.0; there larger heads than
-# 128 only in single sizes), of 2 for Ampere and newer.
+# In order of preference. Kernels of 3 are for Hopper (9.0), of 4 for Hopper and Blackwell (10.0; heads larger than 128
+# there only in single sizes), of 2 for Ampere and newer.
 BACKENDS: tuple[Backend, ...] = (
     FlashAttn("fa3", "flash-attn 3", 9, 9, 256, "flash_attn_interface", "return_attn_probs", num_splits=0),
     FlashAttn("fa4", "flash-attn 4", 9, 10, 128, "flash_attn.cute", "return_lse"),

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from fastft.models import attention
+from fastft.models import attention, flash
 from fastft.models.attention import IMPLEMENTATION, merge
 from fastft.models.packing import DecodeCache, PackedSequences, Prefix
 
@@ -36,11 +36,13 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True, params=["materialised", "flash"])
-def path(request, monkeypatch):
-    """Both of the CPU's ways: few scores are materialised, many go through torch's flash kernel."""
+@pytest.fixture(autouse=True, params=["materialised", "flash", *(b.name for b in flash.BACKENDS)])
+def path(request, monkeypatch, flash_on_cpu):
+    """Both of the CPU's ways: few scores are materialised, many go through torch's flash kernel; and the GPU's."""
     if request.param == "flash":
         monkeypatch.setattr(attention, "MATERIALISED_SCORES", 0)
+    elif request.param != "materialised":
+        flash_on_cpu(request.param)
 
 
 @pytest.fixture(params=list(MODELS))
