@@ -1,7 +1,7 @@
 """Attention of a ragged pack against the same sequences padded, and behind a shared prefix against keys per sequence.
 
-python benchmarks/bench_attention.py --device cuda --json attention.json
-python benchmarks/bench_attention.py --device cpu --sequences 8 --longest 64 --heads 9 --kv-heads 3 --head-size 64
+python benchmarks/bench_attention.py --device cpu
+python benchmarks/bench_attention.py --device cuda --model llama-3-8b --sequences 32 --longest 512 --context 2048
 
 `fastft` is `packed_attention` as model.attention=auto runs it, `fastft_NAME` with another back end that can be used
 here. Lengths are uniform from an eighth of the longest to the longest. Peers of a pack, forward and backward:
@@ -34,6 +34,9 @@ from fastft.models.attention import packed_attention
 from fastft.models.packing import PackedSequences, Prefix
 
 LAYER = SimpleNamespace(layer_idx=0)
+
+# query heads, key/value heads, head size
+MODELS = {"smollm2-135m": (9, 3, 64), "opt-1.3b": (32, 32, 64), "llama-3-8b": (32, 8, 128)}
 
 
 class Pack:
@@ -180,11 +183,10 @@ def prefixed(args) -> common.Case:
 
 if __name__ == "__main__":
     p = common.parser(__doc__.splitlines()[0])
-    p.add_argument("--sequences", type=int, default=32)
-    p.add_argument("--longest", type=int, default=512, help="tokens of the longest sequence")
-    p.add_argument("--context", type=int, default=2048, help="tokens of the prefix")
-    p.add_argument("--heads", type=int, default=32)
-    p.add_argument("--kv-heads", type=int, default=8)
-    p.add_argument("--head-size", type=int, default=128)
+    p.add_argument("--model", default="smollm2-135m", choices=list(MODELS), help="whose heads")
+    p.add_argument("--sequences", type=int, default=8)
+    p.add_argument("--longest", type=int, default=64, help="tokens of the longest sequence")
+    p.add_argument("--context", type=int, default=896, help="tokens of the prefix")
     args = p.parse_args()
+    args.heads, args.kv_heads, args.head_size = MODELS[args.model]
     sys.exit(common.main(args, [functools.partial(packed, args), functools.partial(prefixed, args)]))

@@ -137,8 +137,8 @@ BENCHES = {
         "bench_lora_linear_llama": ["--model", "llama-3-8b", "--rows", "2048", "--form", "kernels", "--no-compile"],
     },
     "bench_attention": {
-        "bench_attention": [],  # Llama-3-8B's heads
-        "bench_attention_opt": ["--heads", "32", "--kv-heads", "32", "--head-size", "64"],
+        f"bench_attention{suffix}": ["--model", model, "--sequences", "32", "--longest", "512", "--context", "2048"]
+        for suffix, model in (("", "llama-3-8b"), ("_opt", "opt-1.3b"))
     },
     "bench_distill_step": {  # OPT-1.3B's shape
         "bench_distill_step": [
