@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 
 from fastft.models import flash
-from fastft.models.attention import packed_attention
-from fastft.models.packing import PackedSequences, Prefix
+from fastft.models.attention import PackedSequences, Prefix, packed_attention
 
 LAYER = SimpleNamespace(layer_idx=0)
 

@@ -30,9 +30,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fastft.data.sequences import pack
-from fastft.models.attention import IMPLEMENTATION
+from fastft.models.attention import IMPLEMENTATION, PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
-from fastft.models.packing import PackedSequences, Prefix
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common

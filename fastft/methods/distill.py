@@ -20,9 +20,9 @@ from fastft.config import Config, DistillConfig
 from fastft.data.sequences import Sequence, Window, answer_tokens, pack, question_prompt
 from fastft.data.store import StoreWriter, TeacherStore
 from fastft.distributed import Ranks
+from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
-from fastft.models.packing import PackedSequences, Prefix
 from fastft.models.text import Text
 from fastft.ops import linear_log_softmax_kl, linear_topk_kl
 from fastft.tasks import Document

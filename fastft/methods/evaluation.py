@@ -12,9 +12,9 @@ import torch
 
 from fastft.data.sequences import Window
 from fastft.distributed import Ranks
+from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
-from fastft.models.packing import PackedSequences, Prefix
 from fastft.models.text import Text
 from fastft.ops import linear_cross_entropy
 

@@ -17,8 +17,8 @@ from fastft.data.sequences import Window, pack
 from fastft.distributed import Ranks
 from fastft.errors import DataError
 from fastft.methods.evaluation import Advance, Scores, answer_nll
+from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
-from fastft.models.packing import PackedSequences, Prefix
 from fastft.models.text import Text
 from fastft.tasks import Example, Pattern
 

@@ -17,10 +17,10 @@ from fastft.config import Config, DistillConfig
 from fastft.data.sequences import Sequence, Window, pack
 from fastft.distributed import Ranks
 from fastft.methods.distill import hidden_divergence, target_rows
+from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.lockstep import Lockstep
-from fastft.models.packing import PackedSequences, Prefix
 from fastft.models.text import Text
 
 

@@ -1,5 +1,7 @@
 """Attention over packed sequences (`packing`), with an optional prefix that many of them share.
 
+The rest of the project imports packs and prefixes from here too: `packing` and `flash` are this module's parts.
+
 What comes before a query is attended to in parts, which are merged exactly by their log-sum-exp: with parts i, outputs
 o_i and lse_i = log sum_j exp(q . k_j * scale), the whole is sum_i exp(lse_i - lse) o_i, lse = logaddexp_i lse_i
 (the identity behind FlashAttention, Dao et al. 2022, arXiv 2205.14135, and Hydragen, Juravsky et al. 2024,
@@ -26,7 +28,19 @@ from transformers import AttentionInterface
 from fastft.errors import ModelError
 from fastft.models import flash
 from fastft.models.flash import OutputAndLSE
-from fastft.models.packing import PackedSequences
+from fastft.models.packing import DecodeCache, PackedSequences, Prefix
+
+__all__ = [
+    "IMPLEMENTATION",
+    "DecodeCache",
+    "PackedSequences",
+    "Prefix",
+    "attention_with_lse",
+    "causal_attention",
+    "implementation",
+    "merge",
+    "packed_attention",
+]
 
 IMPLEMENTATION = "fastft"
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.errors import ModelError
-from fastft.models.packing import PackedSequences, Prefix
+from fastft.models.attention import PackedSequences, Prefix
 
 R = TypeVar("R")
 HeadFn = Callable[[torch.Tensor, torch.Tensor], R]  # (hidden [T, H], head weight [V, H]) -> anything

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 from fastft.distributed import Ranks
+from fastft.models.attention import DecodeCache, PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
-from fastft.models.packing import DecodeCache, PackedSequences, Prefix
 
 
 @torch.no_grad()

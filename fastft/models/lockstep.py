@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from fastft.errors import ModelError
+from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
-from fastft.models.packing import PackedSequences
 from fastft.peft import adapter_off
 
 R = TypeVar("R")

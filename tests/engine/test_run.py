@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from fastft import peft
 from fastft.config import PeftConfig
 from fastft.data.store import TeacherStore
+from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
-from fastft.models.packing import PackedSequences
 from tests.conftest import ROOT, clean_environment, losses
 
 

@@ -14,9 +14,9 @@ from fastft.data.sequences import Sequence, Window
 from fastft.distributed import Ranks
 from fastft.methods import distill
 from fastft.methods.online import ContextCache, OnlineTeacher, sample_completions
+from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
-from fastft.models.packing import PackedSequences
 from fastft.models.text import Text
 
 LEADING = [0]

@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from fastft.models import attention, flash
-from fastft.models.attention import IMPLEMENTATION, merge
-from fastft.models.packing import DecodeCache, PackedSequences, Prefix
+from fastft.models.attention import IMPLEMENTATION, DecodeCache, PackedSequences, Prefix, merge
 
 COMMON = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 

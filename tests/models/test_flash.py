@@ -14,8 +14,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from fastft.config import ModelConfig
 from fastft.errors import ModelError
 from fastft.models import attention, flash, loading
-from fastft.models.attention import packed_attention
-from fastft.models.packing import DecodeCache, PackedSequences, Prefix
+from fastft.models.attention import DecodeCache, PackedSequences, Prefix, packed_attention
 from tests.models.conftest import PACKAGES, plain_attention
 
 LENGTHS = [5, 9, 1, 7]

@@ -11,10 +11,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCau
 from fastft import peft
 from fastft.config import PeftConfig
 from fastft.errors import ModelError
-from fastft.models.attention import IMPLEMENTATION
+from fastft.models.attention import IMPLEMENTATION, PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.lockstep import Lockstep
-from fastft.models.packing import PackedSequences, Prefix
 from tests.models.test_attention import COMMON, MODELS, tokens
 
 OTHERS = {
