@@ -6,14 +6,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-import torch
-
 from fastft.config import Config
 from fastft.data.sequences import Sequence, Window
 from fastft.distributed import Ranks
 from fastft.errors import FastftError
 from fastft.methods.evaluation import QuestionSet
-from fastft.models import flash, loading
+from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
 
@@ -60,7 +58,7 @@ def load_base(config: Config, ranks: Ranks) -> Base:
     )
     loading.check_tokenizer(tokenizer, model, path)
     # A back end that was asked for and cannot be used is refused here, not at the first layer.
-    backend = flash.select(m.attention, ranks.device, getattr(torch, m.dtype), loading.head_size(model))
+    backend = loading.attention_backend(model, m.attention, ranks.device)
     fingerprint = loading.fingerprint(model)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return Base(

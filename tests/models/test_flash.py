@@ -225,7 +225,6 @@ def test_the_choice_reaches_the_model(tiny):
     """A back end that is named is not replaced by another in silence, not even by what a CPU can do."""
     ids, packed = torch.zeros(1, 3, dtype=torch.long), PackedSequences([3])
     model = loading.load_model(str(tiny("llama")), dtype="float32", attention="fa2")
-    assert loading.head_size(model) == 8
     with pytest.raises(ModelError, match="=fa2: flash-attn 2 needs a GPU"):
         model(ids, position_ids=packed.position_ids, packed=packed)
     found = []

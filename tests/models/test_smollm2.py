@@ -9,8 +9,8 @@ import torch
 
 from fastft.config import Config, DataConfig
 from fastft.models import attention, loading
-from fastft.models.causal import PackedCausalLM
 from fastft.models.attention import PackedSequences
+from fastft.models.causal import PackedCausalLM
 from fastft.tasks import load_documents
 
 CONTEXT = "<|im_start|>system\nThe tower on Gannick Stone was built by Ansel Torvik in 1893.<|im_end|>\n"
