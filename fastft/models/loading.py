@@ -155,7 +155,7 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def attention_backend(model: PreTrainedModel, attention: str, device: torch.device) -> flash.Backend | None:
     """What `flash.select` finds for the model on that device; ModelError where what is asked for cannot be used."""
-    config = model.config
+    config = model.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return flash.select(attention, device, model.dtype, head_size)
 
