@@ -123,9 +123,10 @@ def test_cross_entropy(on, device, vocab, dtype, offset, order):
     assert torch.equal(alone, nll) or torch.equal(alone[:3], nll[:3])
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize(("device", "vocab", "dtype", "offset", "order"), list(spread()))
-def test_topk_kl(on, device, vocab, dtype, offset, order, tail):
+def test_topk_kl(on, device, vocab, dtype, offset, order, tail, direction):
     """A row of weight 0, and one with a token that does not exist; every token listed where there are few."""
     emulator = on(device, order)
     for k in {1, min(5, vocab), vocab if vocab < 300 else 40}:
@@ -136,14 +137,14 @@ def test_topk_kl(on, device, vocab, dtype, offset, order, tail):
         weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
         exact = logits.double().requires_grad_()
         truth = reference.linear_topk_kl(exact[:3], torch.eye(vocab, dtype=torch.float64), ids[:3],
-                                         log_probs[:3].double(), tail=tail, temperature=1.3,
+                                         log_probs[:3].double(), tail=tail, temperature=1.3, direction=direction, beta=0.3,
                                          weights=weights[:3].double(), reduction="none")  # fmt: skip
         (grad,) = torch.autograd.grad(truth.sum(), exact)
-        kl, scratch = torch.empty(4), torch.empty(4, k + 1)
+        kl, scratch = torch.empty(4), torch.empty(4, k)
         emulator.launch("topk_kl", logits=logits, ids=Read(ids), log_probs=Read(log_probs), weights=Read(weights),
                         scratch=Write(scratch), kl=Write(kl), rows=4, vocab=vocab, k=k,
-                        logits_stride=logits.stride(0), temperature=1.3, tail=tail, write_grad=True,
-                        dtype=DTYPES[dtype])  # fmt: skip
+                        logits_stride=logits.stride(0), temperature=1.3, beta=0.3, tail=tail, write_grad=True,
+                        direction=DIRECTIONS[direction], dtype=DTYPES[dtype])  # fmt: skip
         close(kl[:3], truth.detach(), torch.float32, 1.0)
         close(logits[:3], grad[:3], dtype, GRADIENT_FLOOR[dtype])
         assert kl[3].isnan() and logits[3].isnan().all()
