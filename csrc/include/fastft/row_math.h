@@ -36,18 +36,19 @@ constexpr double kLn2 = 0.69314718055994530942;
 FASTFT_HD float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 FASTFT_HD double fma_(double a, double b, double c) { return fma(a, b, c); }
 FASTFT_HD double max_(double a, double b) { return a > b ? a : b; }
-// 0 below the normal numbers, for every type: what is not 0 may be divided by.
-FASTFT_HD double exp2_(double x) { return x < -1022 ? 0 : exp2(x); }
 #ifdef __CUDA_ARCH__
 // One instruction where the comparison below takes two; a NaN in either is kept.
 __device__ __forceinline__ float max_(float a, float b) { return ptx_max_nan(a, b); }
 // The instruction behind exp2f: the same 2 ulp where the result is a normal number, and 0 below 2^-126, as in
 // cpu/vec.h, where exp2f spends two more multiplications on subnormals.
 __device__ __forceinline__ float exp2_(float x) { return ptx_exp2(x); }
+__device__ __forceinline__ double exp2_(double x) { return exp2(x); }  // of states only
 #else
 // A NaN in `a` is dropped, one in `b` is kept: call with the running value first.
 FASTFT_HD float max_(float a, float b) { return a > b ? a : b; }
+// 0 below the normal numbers, as for vectors: what is not 0 may be divided by.
 FASTFT_HD float exp2_(float x) { return x < -126 ? 0 : exp2f(x); }
+FASTFT_HD double exp2_(double x) { return x < -1022 ? 0 : exp2(x); }
 #endif
 FASTFT_HD float log_(float x) { return logf(x); }
 FASTFT_HD double log_(double x) { return log(x); }
