@@ -216,23 +216,24 @@ def linear_cross_entropy(args):
     )
 
 
-def linear_topk_kl(args, tail=True):
+def linear_topk_kl(args, tail=True, direction="forward"):
     student, teacher, weight = head(args)
     log_probs, ids = torch.log_softmax(F.linear(teacher, weight).float(), -1).topk(args.k, -1)
     labels = ids[:, 0].contiguous()
 
     def eager(h):
-        return reference.linear_topk_kl(h, weight, ids, log_probs, tail=tail)
+        return reference.linear_topk_kl(h, weight, ids, log_probs, tail=tail, direction=direction)
 
     losses = {
         "linear_cross_entropy": lambda h: ops.linear_cross_entropy(h, weight, labels),
         "eager_float32": eager,
         **compiled(args, eager),
-        "fastft": lambda h: ops.linear_topk_kl(h, weight, ids, log_probs, tail=tail),
+        "fastft": lambda h: ops.linear_topk_kl(h, weight, ids, log_probs, tail=tail, direction=direction),
     }
+    variant = ([] if tail else ["no_tail"]) + ([] if direction == "forward" else [direction])
     listed = args.rows * args.k * args.hidden
     return common.Case(
-        name="linear_topk_kl forward+backward" if tail else "linear_topk_kl no_tail forward+backward",
+        name=" ".join(["linear_topk_kl", *variant, "forward+backward"]),
         shape={"rows": args.rows, "hidden": args.hidden, "vocab": args.vocab, "k": args.k},
         implementations={name: with_gradient(loss, student) for name, loss in losses.items()},
         reference=with_gradient(eager, student),
@@ -253,6 +254,8 @@ def cases_of(args, rows):
         functools.partial(linear_log_softmax_kl, args),
         functools.partial(linear_cross_entropy, args),
         functools.partial(linear_topk_kl, args),
+        functools.partial(linear_topk_kl, args, direction="reverse"),
+        functools.partial(linear_topk_kl, args, direction="jsd"),
         functools.partial(linear_topk_kl, args, tail=False),
     ]
 

@@ -42,8 +42,9 @@ for dtype in (torch.float32, torch.bfloat16):
         ids = torch.stack([torch.randperm(vocab)[: min(vocab, 7)] for _ in range(5)]).cuda()
         log_probs = torch.full(ids.shape, -2.5, device="cuda")
         ops.linear_log_softmax_kl(h, h.detach() * 2, w, chunk_rows=2).backward()
-        ops.linear_topk_kl(h, w, ids, log_probs, chunk_rows=2).backward()
-        ops.linear_topk_kl(h, w, ids, log_probs, tail=False).backward()
+        for direction in ("forward", "reverse", "jsd"):
+            ops.linear_topk_kl(h, w, ids, log_probs, direction=direction, chunk_rows=2).backward()
+            ops.linear_topk_kl(h, w, ids, log_probs, direction=direction, tail=False).backward()
         ops.linear_cross_entropy(h, w, ids[:, 0], chunk_rows=2).backward()
     for state_bits in (32, 8):
         wide = [torch.randn(n + 1, device="cuda").to(dtype) for n in (0, 1, 257, 4097, 9001)]

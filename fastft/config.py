@@ -250,9 +250,7 @@ class DistillConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _topk_divergence(self):
-        if self.targets == "topk" and self.direction != "forward":
-            raise ValueError(f"targets=topk supports direction=forward, got {self.direction}; use targets=hidden")
+    def _topk_temperature(self):
         if self.targets == "topk" and self.temperature != 1.0 and self.tail:
             raise ValueError(
                 f"a top-k store holds the tail's mass at temperature 1, from which that at {self.temperature:g} does "

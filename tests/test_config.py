@@ -47,7 +47,6 @@ def test_overrides_and_round_trip(tmp_path):
         ("output_dir: a\ndistill: {targets: topk, temperature: 2.0}\n", "set tail=false"),
         ("output_dir: a\ndeepspeed: {zero_stage: 1, offload_param: cpu}\n", "offload_param needs zero_stage=3"),
         ("output_dir: a\ndata: {query_pattern: hello}\n", "must contain {question}"),
-        ("output_dir: a\ndistill: {targets: topk, direction: jsd}\n", "supports direction=forward, got jsd"),
         ("output_dir: a\ndistill: {teacher: online, targets: topk}\n", "with teacher=online use targets=hidden"),
         ("output_dir: a\ndistill: {on_policy: 0.5}\n", "on_policy=0.5 needs teacher=online"),
         ("output_dir: a\ndistill: {teacher: online}\npeft: {kind: full}\n", "use distill.teacher=stored"),

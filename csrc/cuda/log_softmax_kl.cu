@@ -5,17 +5,11 @@
 // No cache hints: what is written is read next, by the head's matrix products, and may still be in L2.
 #include "fastft/log_softmax_kl.h"
 
-#include "row.cuh"
+#include "kl_row.cuh"
 
 namespace fastft {
 inline namespace FASTFT_TARGET {
 namespace {
-
-// A row's results; see csrc/cpu/log_softmax_kl.cpp for the same in double.
-struct Row {
-    RowStats<float> student, teacher;
-    float divergence, grad_divergence;
-};
 
 // The order of a pair of rows in this file.
 constexpr int kStudent = 0, kTeacher = 1;
@@ -43,21 +37,12 @@ __device__ __forceinline__ void merge_lanes(JsdSums<S>& a, S) {
 
 template <Direction direction, class T>
 __device__ __forceinline__ Row row_forward(Logits<T>& logits, int blocks, float c, float beta) {
-    constexpr int p = direction == Direction::Reverse ? kStudent : kTeacher, q = 1 - p;
     KlState<float> state;
     state.init();
-    logits.read([&](int, const float (&x)[2][kElements]) {
-        if constexpr (direction == Direction::Jsd) {
-            state.p.update(x[p], c);
-            state.q.update(x[q], c);
-        } else {
-            state.update(x[p], x[q], c);
-        }
-    });
+    logits.read(
+        [&](int, const float (&x)[2][kElements]) { update<direction>(state, x[kStudent], x[kTeacher], c); });
     Row row = merge_row(state, c, blocks, [c](const KlState<double>& total) {
-        const RowStats<float> of_p = narrow(stats(total.p)), of_q = narrow(stats(total.q));
-        const float kl = direction == Direction::Jsd ? 0 : static_cast<float>(kl_value(total, double(c)));
-        return p == kStudent ? Row{of_p, of_q, kl, kl} : Row{of_q, of_p, kl, kl};
+        return narrow(row_of<direction>(total, double(c)));
     });
     if constexpr (direction == Direction::Jsd) {
         // The mixture of the two distributions needs both normalisers first.
@@ -97,13 +82,7 @@ __device__ __forceinline__ void row_grad(const Logits<T>& logits, T* grad, int s
         for (int k = 0; k < kElements; ++k) {
             const float log2_ps = log2_prob(x[kStudent][k], row.student.max, row.student.log2_sum, c);
             const float log2_pt = log2_prob(x[kTeacher][k], row.teacher.max, row.teacher.log2_sum, c);
-            if constexpr (direction == Direction::Forward) {
-                g[k] = forward_kl_grad(log2_ps, log2_pt, scale);
-            } else if constexpr (direction == Direction::Reverse) {
-                g[k] = reverse_kl_grad(log2_ps, log2_pt, row.grad_divergence, scale);
-            } else {
-                g[k] = jsd_grad(log2_ps, log2_pt, row.grad_divergence, beta, scale * (1 - beta));
-            }
+            g[k] = kl_grad<direction>(log2_ps, log2_pt, row, beta, scale);
         }
         store_elements(grad + i, size - i, aligned, g);
     });
@@ -161,19 +140,6 @@ __global__ void FASTFT_ROW_KERNEL log_softmax_kl_backward_kernel(LogSoftmaxKlBac
                            part, 0);
     row_grad<direction>(logits, grad, part.size, row, c, static_cast<float>(args.beta),
                         static_cast<float>(args.temperature) * grad_kl);
-}
-
-// f(std::integral_constant<Direction, ...>) of a runtime direction.
-template <class F>
-void dispatch_direction(Direction direction, F&& f) {
-    switch (direction) {
-        case Direction::Forward:
-            return f(std::integral_constant<Direction, Direction::Forward>{});
-        case Direction::Reverse:
-            return f(std::integral_constant<Direction, Direction::Reverse>{});
-        case Direction::Jsd:
-            return f(std::integral_constant<Direction, Direction::Jsd>{});
-    }
 }
 
 }  // namespace

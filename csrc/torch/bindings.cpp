@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         "float temperature, str direction, float beta, bool write_grad) -> ()");
     m.def(
         "topk_kl_rows(Tensor(a!) logits, Tensor ids, Tensor log_probs, Tensor? weights, Tensor(b!) kl, "
-        "bool tail, float temperature, bool write_grad) -> ()");
+        "bool tail, float temperature, str direction, float beta, bool write_grad) -> ()");
     m.def(
         "cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor(b!) nll, int ignore_index, "
         "bool write_grad) -> ()");
@@ -56,8 +56,8 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         "-> (Tensor loss, Tensor row_scale, Tensor hidden_grad, Tensor weight_grad)");
     m.def(
         "linear_topk_kl(Tensor student_hidden, Tensor weight, Tensor topk_ids, Tensor topk_log_probs, "
-        "Tensor? weights, bool tail, float temperature, str reduction, int chunk_rows, "
-        "bool hidden_grad, bool weight_grad) "
+        "Tensor? weights, bool tail, float temperature, str direction, float beta, str reduction, "
+        "int chunk_rows, bool hidden_grad, bool weight_grad) "
         "-> (Tensor loss, Tensor row_scale, Tensor hidden_grad, Tensor weight_grad)");
     m.def(
         "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor? weights, int "

@@ -20,7 +20,8 @@ Tensor log_softmax_kl_backward(const Tensor& grad_kl, const Tensor& student, con
 void log_softmax_kl_rows(Tensor student, const Tensor& teacher, std::optional<Tensor> weights, Tensor kl,
                          double temperature, std::string direction, double beta, bool write_grad);
 void topk_kl_rows(Tensor logits, const Tensor& ids, const Tensor& log_probs, std::optional<Tensor> weights,
-                  Tensor kl, bool tail, double temperature, bool write_grad);
+                  Tensor kl, bool tail, double temperature, std::string direction, double beta,
+                  bool write_grad);
 void cross_entropy_rows(Tensor logits, const Tensor& labels, Tensor nll, int64_t ignore_index,
                         bool write_grad);
 void lora_down(const Tensor& x, const Tensor& a, double scaling, Tensor u);

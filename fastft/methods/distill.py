@@ -265,6 +265,8 @@ def loss_fn(
             targets["topk_log_probs"],
             tail=config.tail,
             temperature=config.temperature,
+            direction=config.direction,
+            beta=config.beta,
             reduction="sum",
         )
 

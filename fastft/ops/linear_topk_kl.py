@@ -12,6 +12,7 @@ from fastft.ops._common import (
     accumulate_dtype,
     check_choice,
     check_chunk_rows,
+    check_direction,
     check_hidden,
     check_index,
     check_like,
@@ -42,11 +43,13 @@ def linear_topk_kl(
     *,
     tail: bool = True,
     temperature: float = 1.0,
+    direction: str = "forward",
+    beta: float = 0.5,
     weights: Tensor | None = None,
     reduction: str = "mean",
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """KL(teacher || student) over k tokens and, with ``tail``, one bucket for all others. Equals::
+    """Divergence of teacher and student over k tokens and, with ``tail``, one bucket for all others. Equals::
 
         logits = student_hidden @ weight.T
         student = logits.gather(-1, topk_ids)
@@ -54,29 +57,32 @@ def linear_topk_kl(
         if tail:
             rest = logits.scatter(-1, topk_ids, -inf).logsumexp(-1)
             student = cat([student, rest]); teacher = cat([teacher, log(1 - teacher.exp().sum(-1))])
-        log_softmax_kl(student, teacher, temperature=temperature, weights=weights, reduction=reduction)
+        log_softmax_kl(student, teacher, temperature=temperature, direction=direction, beta=beta, ...)
 
     without ever holding [rows, V] beyond one chunk. Without ``tail`` only k rows of the head matter to a row: where
     they are few (k <= V / 400) and weight needs no gradient, they are gathered, and the other logits are never
     computed. With it every logit is needed.
 
     topk_log_probs are the teacher's log-probabilities at temperature 1 over the whole vocabulary, so at
-    temperature 1 with ``tail`` this is the KL of the two distributions with all other tokens lumped together,
-    a lower bound of the full KL, and without ``tail`` the KL of both renormalised over the k tokens. At
+    temperature 1 with ``tail`` this is the divergence of the two distributions with all other tokens lumped
+    together, a lower bound of the full one, and without ``tail`` that of both renormalised over the k tokens. At
     another temperature both (k + 1)-bucket distributions are tempered, the bucket as one event. That is a
-    divergence (0 exactly where the buckets agree), but with ``tail`` it is not the full-vocabulary KL at that
-    temperature, lumped: the tempered mass of the tail cannot be known from its mass. Log-probabilities whose
-    mass exceeds 1 by rounding are renormalised; with k = V the bucket is empty.
+    divergence (0 exactly where the buckets agree), but with ``tail`` it is not the full-vocabulary one at that
+    temperature, lumped: the tempered mass of the tail cannot be known from its mass.
+
+    Log-probabilities whose mass exceeds 1 by rounding are renormalised, the bucket empty; reverse KL, infinite
+    there, takes its mass to be 2^-24 (what float32 cannot tell from 0 beside 1) where less is left. With k = V the
+    bucket is empty.
 
     student_hidden: [..., H]; weight: [V, H], same dtype (float64, float32, bfloat16, float16) and device.
     topk_ids: [..., k] int32 or int64, distinct within a row. topk_log_probs: [..., k], any floating dtype;
     store float32 where the tail matters, since it is 1 minus their sum. chunk_rows: None keeps a chunk's
-    logits within 56 MiB. weights, reduction, result: as in ``log_softmax_kl``.
+    logits within 56 MiB. direction, beta, weights, reduction, result: as in ``log_softmax_kl``.
 
-    Backward: with P, Q the tempered student and teacher buckets, a listed token's logit gets T (P_i - Q_i),
-    any other T (P_tail - Q_tail) exp(logit - rest). As in linear_log_softmax_kl, the gradients of
-    student_hidden and weight are computed in forward where asked for; the teacher gets none. Not twice
-    differentiable.
+    Backward: with g the gradient of log_softmax_kl above with respect to its k (+ 1) buckets, a listed token's
+    logit gets its g_i, any other g_tail exp(logit - rest), its share of the bucket. As in linear_log_softmax_kl,
+    the gradients of student_hidden and weight are computed in forward where asked for; the teacher gets none. Not
+    twice differentiable.
 
     Raises ValueError on a shape, dtype, device or option that does not fit, and on an id outside [0, V), naming it
     and its row (leading dimensions flattened). On CUDA looking would wait for the device: there the row becomes NaN,
@@ -103,6 +109,7 @@ def linear_topk_kl(
             f"{op}: topk_log_probs is {shape_of(topk_log_probs)}, expected {shape_of(topk_ids)} like topk_ids"
         )
     check_temperature(op, temperature)
+    check_direction(op, direction, beta)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     rows = check_chunk_rows(op, chunk_rows)
     flat = flat_weights(op, weights, "student_hidden", student_hidden)
@@ -115,6 +122,8 @@ def linear_topk_kl(
         flat,
         bool(tail),
         float(temperature),
+        direction,
+        float(beta),
         reduction,
         rows,
         wants_grad(student_hidden),
@@ -124,10 +133,11 @@ def linear_topk_kl(
 
 
 def _kernel(
-    student_hidden, weight, topk_ids, topk_log_probs, weights, tail, temperature,
+    student_hidden, weight, topk_ids, topk_log_probs, weights, tail, temperature, direction, beta,
     reduction, chunk_rows, hidden_grad, weight_grad,
 ):  # fmt: skip
     rows, vocab = student_hidden.shape[0], weight.shape[0]
+    divergence = temperature, direction, beta
     acc = accumulate_dtype(student_hidden.dtype)
     topk_ids = topk_ids.to(torch.int64).contiguous()
     check_index_range("linear_topk_kl", "topk_ids", topk_ids, vocab)
@@ -135,7 +145,7 @@ def _kernel(
     kl = student_hidden.new_empty(rows, dtype=acc)
     if not tail and not weight_grad and GATHER_RATIO * topk_ids.shape[1] <= vocab:
         grad = _gathered(
-            student_hidden, weight, topk_ids, topk_log_probs, weights, kl, temperature, chunk_rows, hidden_grad
+            student_hidden, weight, topk_ids, topk_log_probs, weights, kl, divergence, chunk_rows, hidden_grad
         )
         return *reduce_rows(kl, weights, reduction), grad, weight.new_empty(0)
     size = chunk_size(rows, vocab * weight.element_size(), chunk_rows)
@@ -151,14 +161,14 @@ def _kernel(
             None if weights is None else weights[part],
             kl[part],
             tail,
-            temperature,
+            *divergence,
             grads.wanted,
         )
         grads.add(chunk, part)
     return *reduce_rows(kl, weights, reduction), *grads.results()
 
 
-def _gathered(student_hidden, weight, ids, log_probs, weights, kl, temperature, chunk_rows, hidden_grad):
+def _gathered(student_hidden, weight, ids, log_probs, weights, kl, divergence, chunk_rows, hidden_grad):
     """Writes each row's kl from its k logits alone; returns hidden_grad, empty unless asked for."""
     (rows, hidden), k = student_hidden.shape, ids.shape[1]
     # An id that is out of range makes its row NaN; clamped, it reads inside of the head.
@@ -180,7 +190,7 @@ def _gathered(student_hidden, weight, ids, log_probs, weights, kl, temperature, 
             None if weights is None else weights[part],
             kl[part],
             False,
-            temperature,
+            *divergence,
             hidden_grad,
         )
         if hidden_grad:

@@ -62,8 +62,7 @@ def linear_log_softmax_kl(
 
 def linear_topk_kl(
     student_hidden: Tensor, weight: Tensor, topk_ids: Tensor, topk_log_probs: Tensor, *, tail: bool = True,
-    temperature: float = 1.0, weights: Tensor | None = None, reduction: str = "mean",
-    chunk_rows: int | None = None,
+    direction: str = "forward", chunk_rows: int | None = None, **options,
 ) -> Tensor:  # fmt: skip
     ids = topk_ids.to(torch.int64)
     dtype = _compute_dtype(student_hidden)
@@ -72,9 +71,9 @@ def linear_topk_kl(
     if tail and ids.shape[-1] < weight.shape[0]:
         rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         mass = teacher.double().exp().sum(-1, keepdim=True)
-        student = torch.cat([student, rest], -1)
-        teacher = torch.cat([teacher, (1 - mass).clamp_min(0).log().to(dtype)], -1)
-    return log_softmax_kl(student, teacher, temperature=temperature, weights=weights, reduction=reduction)
+        left = (1 - mass).clamp_min(2.0**-24 if direction == "reverse" else 0)
+        student, teacher = torch.cat([student, rest], -1), torch.cat([teacher, left.log().to(dtype)], -1)
+    return log_softmax_kl(student, teacher, direction=direction, **options)
 
 
 def linear_cross_entropy(

@@ -95,7 +95,7 @@ STRUCTURES = {
     "cross_entropy": structure("""logits labels nll: ptr rows vocab logits_stride ignore_index: i64
         write_grad: bool dtype: i32"""),
     "topk_kl": structure("""logits ids log_probs weights scratch kl: ptr rows vocab k logits_stride: i64
-        temperature: f64 tail write_grad: bool dtype: i32"""),
+        temperature beta: f64 tail write_grad: bool direction dtype: i32"""),
     "index_check": structure("index: ptr count columns vocab ignore source: i64 record: ptr"),
     "row_reduce": structure("values weights out row_scale: ptr rows: i64 mean is_double: bool"),
     "dequantise_4bit": structure("""packed code absmax absmax8 absmax_code absmax_scale out: ptr

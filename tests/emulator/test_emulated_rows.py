@@ -123,27 +123,30 @@ def test_cross_entropy(on, device, vocab, dtype, offset, order):
     assert torch.equal(alone, nll) or torch.equal(alone[:3], nll[:3])
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize(("device", "vocab", "dtype", "offset", "order"), list(spread()))
-def test_topk_kl(on, device, vocab, dtype, offset, order, tail):
-    """A row of weight 0, and one with a token that does not exist; every token listed where there are few."""
+def test_topk_kl(on, device, vocab, dtype, offset, order, tail, direction):
+    """A row of weight 0, one whose teacher leaves no tail, one with a token that does not exist; few or all listed."""
     emulator = on(device, order)
     for k in {1, min(5, vocab), vocab if vocab < 300 else 40}:
         logits = rows(4, vocab, dtype, offset)
         log_probs, ids = torch.log_softmax(torch.randn(4, vocab, dtype=torch.float64), -1).topk(k, -1)
         log_probs, ids = log_probs.float().contiguous(), ids[:, torch.randperm(k)].contiguous()
+        log_probs[2] = torch.log_softmax(log_probs[2], -1)  # of mass 1, as far as float32 can tell
         ids[3, k // 2] = (vocab, -1)[k % 2]
         weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
         exact = logits.double().requires_grad_()
+        options = {"tail": tail, "temperature": 1.3, "direction": direction, "beta": 0.3}
         truth = reference.linear_topk_kl(exact[:3], torch.eye(vocab, dtype=torch.float64), ids[:3],
-                                         log_probs[:3].double(), tail=tail, temperature=1.3,
-                                         weights=weights[:3].double(), reduction="none")  # fmt: skip
+                                         log_probs[:3].double(), weights=weights[:3].double(), reduction="none",
+                                         **options)  # fmt: skip
         (grad,) = torch.autograd.grad(truth.sum(), exact)
-        kl, scratch = torch.empty(4), torch.empty(4, k + 1)
+        kl, scratch = torch.empty(4), torch.empty(4, k)
         emulator.launch("topk_kl", logits=logits, ids=Read(ids), log_probs=Read(log_probs), weights=Read(weights),
                         scratch=Write(scratch), kl=Write(kl), rows=4, vocab=vocab, k=k,
-                        logits_stride=logits.stride(0), temperature=1.3, tail=tail, write_grad=True,
-                        dtype=DTYPES[dtype])  # fmt: skip
+                        logits_stride=logits.stride(0), write_grad=True, dtype=DTYPES[dtype],
+                        **{**options, "direction": DIRECTIONS[direction]})  # fmt: skip
         close(kl[:3], truth.detach(), torch.float32, 1.0)
         close(logits[:3], grad[:3], dtype, GRADIENT_FLOOR[dtype])
         assert kl[3].isnan() and logits[3].isnan().all()
@@ -209,6 +212,22 @@ def test_any_order_of_threads_gives_the_same_bits(on, direction):
             temperature=1.0, beta=0.5, direction=DIRECTIONS[direction], dtype=DTYPES[torch.float32],
         )  # fmt: skip
         results.append(torch.cat([kl, grad.flatten()]))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_any_order_of_threads_gives_the_same_bits_of_topk_kl(on, direction):
+    results = []
+    before, ids = rows(2, 3000, torch.float32, 0).contiguous(), torch.stack([torch.randperm(3000)[:300]] * 2)
+    log_probs = torch.log_softmax(torch.randn(2, 3000), -1)[:, :300].contiguous()
+    for order in (0, 1, 2, 3):
+        logits, kl, scratch = before.clone(), torch.empty(2), torch.empty(2, 300)
+        on(SMALL[1], order).launch(
+            "topk_kl", logits=logits, ids=Read(ids), log_probs=Read(log_probs), scratch=Write(scratch), kl=Write(kl),
+            rows=2, vocab=3000, k=300, logits_stride=3000, temperature=1.0, beta=0.5, tail=True, write_grad=True,
+            direction=DIRECTIONS[direction], dtype=DTYPES[torch.float32],
+        )  # fmt: skip
+        results.append(torch.cat([kl, logits.flatten()]))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 

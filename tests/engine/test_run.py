@@ -181,7 +181,16 @@ def test_full_fine_tuning_saves_a_model_that_loads(base_config, launch):
     assert pairs and any(not torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("options", [{}, {"tail": False, "temperature": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tail": False, "temperature": 2.0},
+        {"direction": "reverse"},
+        {"direction": "jsd", "beta": 0.2},
+        {"direction": "jsd", "tail": False, "temperature": 2.0},
+    ],
+)
 def test_topk_targets_with_all_tokens_equal_hidden_targets(base_config, launch, tmp_path, options):
     """k = V: the top-k store holds the whole distribution, so the losses are those of the exact store."""
     found = []
@@ -190,6 +199,21 @@ def test_topk_targets_with_all_tokens_equal_hidden_targets(base_config, launch, 
         ok(launch(raw))
         found.append(torch.tensor(losses(Path(raw["output_dir"]))))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_one_topk_store_trains_in_every_direction(base_config, launch, tmp_path):
+    first_losses = set()
+    for direction in ("forward", "reverse", "jsd"):
+        raw = base_config(train={"steps": 20, "lr": 1e-2})
+        raw |= {"distill": {"targets": "topk", "top_k": 16, "direction": direction}}
+        raw |= {"output_dir": str(tmp_path / direction)}
+        result = launch(raw)
+        ok(result)
+        assert ("found in" in result.stdout) == (direction != "forward")
+        found = losses(tmp_path / direction)
+        assert sum(found[-5:]) < 0.9 * sum(found[:5])
+        first_losses.add(found[0])
+    assert len(first_losses) == 3
 
 
 def test_interrupted_run_resumes_with_the_same_numbers(base_config, launch, tmp_path):

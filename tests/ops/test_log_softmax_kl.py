@@ -184,6 +184,18 @@ def test_minus_infinity(device, capability, direction):
         check(tensors, dtype, direction=direction)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("gap", [80.0, 95.0, 700.0, 720.0, 740.0])
+def test_tokens_that_one_side_all_but_excludes(device, capability, direction, gap):
+    """Probabilities that are subnormal in float32, or in float64: 0, and no infinite ratio in jsd's gradient."""
+    for dtype in (torch.float32, torch.float64):
+        if not supported(device, dtype):
+            continue
+        student, teacher = torch.tensor([[0.0, -gap, -1.0]]), torch.tensor([[-gap, 0.0, -2.0]])
+        tensors = {"student_logits": student.to(device, dtype), "teacher_logits": teacher.to(device, dtype)}
+        check(tensors, dtype, direction=direction, terms=gap)
+
+
 def test_infinite_divergence(device):
     tensors = inputs(2, 70, torch.float32, device)
     tensors["student_logits"][0, 3] = -torch.inf

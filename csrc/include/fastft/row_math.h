@@ -36,17 +36,19 @@ constexpr double kLn2 = 0.69314718055994530942;
 FASTFT_HD float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 FASTFT_HD double fma_(double a, double b, double c) { return fma(a, b, c); }
 FASTFT_HD double max_(double a, double b) { return a > b ? a : b; }
-FASTFT_HD double exp2_(double x) { return exp2(x); }
 #ifdef __CUDA_ARCH__
 // One instruction where the comparison below takes two; a NaN in either is kept.
 __device__ __forceinline__ float max_(float a, float b) { return ptx_max_nan(a, b); }
 // The instruction behind exp2f: the same 2 ulp where the result is a normal number, and 0 below 2^-126, as in
 // cpu/vec.h, where exp2f spends two more multiplications on subnormals.
 __device__ __forceinline__ float exp2_(float x) { return ptx_exp2(x); }
+__device__ __forceinline__ double exp2_(double x) { return exp2(x); }  // of states only
 #else
 // A NaN in `a` is dropped, one in `b` is kept: call with the running value first.
 FASTFT_HD float max_(float a, float b) { return a > b ? a : b; }
-FASTFT_HD float exp2_(float x) { return exp2f(x); }
+// 0 below the normal numbers, as for vectors: what is not 0 may be divided by.
+FASTFT_HD float exp2_(float x) { return x < -126 ? 0 : exp2f(x); }
+FASTFT_HD double exp2_(double x) { return x < -1022 ? 0 : exp2(x); }
 #endif
 FASTFT_HD float log_(float x) { return logf(x); }
 FASTFT_HD double log_(double x) { return log(x); }
@@ -245,6 +247,19 @@ FASTFT_HD RowStats<float> narrow(const RowStats<double>& a) {
     return {static_cast<float>(a.max), static_cast<float>(a.log2_sum)};
 }
 
+// A row's results. `divergence` is the op's value without T^2, `grad_divergence` what the gradient subtracts:
+// KL(P_s || P_t) for reverse, KL(P_s || M) for jsd.
+template <class S>
+struct KlRow {
+    RowStats<S> student, teacher;
+    S divergence, grad_divergence;
+};
+
+FASTFT_HD KlRow<float> narrow(const KlRow<double>& a) {
+    return {narrow(a.student), narrow(a.teacher), static_cast<float>(a.divergence),
+            static_cast<float>(a.grad_divergence)};
+}
+
 // log-sum-exp of x / T in nats.
 template <class S>
 FASTFT_HD S lse(const RowStats<S>& a, S c) {
@@ -263,6 +278,15 @@ FASTFT_HD S kl_value(const KlState<S>& a, S c) {
 template <class V>
 FASTFT_HD V log2_prob(V x, V max, V log2_sum, V c) {
     return fma_(x - max, c, ValueTraits<V>::splat(0) - log2_sum);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Log of the mass that a teacher's listed tokens leave for all others; -inf where rounding leaves none.
+// Reverse KL would be infinite there: for it the tail has at least 2^-24, which float32 cannot tell from 0
+// beside a 1.
+FASTFT_HD double log_tail_mass(double listed, Direction direction) {
+    const double left = max_(direction == Direction::Reverse ? 0x1p-24 : 0.0, 1 - listed);
+    return left > 0 ? log_(left) : -static_cast<double>(INFINITY);
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
-// topk_kl: KL(teacher || student) where the teacher is known by k log-probabilities and, with `tail`, by the
-// mass of everything else as one more bucket. The student's distribution over the same k (+ 1) buckets is
+// topk_kl: a divergence from a teacher that is known by k log-probabilities and, with `tail`, by the mass of
+// everything else as one more bucket. The student's distribution over the same k (+ 1) buckets is
 //   b_i = logits[ids_i],  b_k = log sum_{j not in ids} exp(logits_j)
-// and the divergence is that of log_softmax_kl over these k (+ 1) numbers, at temperature T.
+// and the divergence is that of log_softmax_kl over these k (+ 1) numbers, at temperature T, in its
+// direction.
 //
 // The tail's log-sum-exp is summed over the tail alone (the k logits are set to -inf first), never as one
 // minus the rest: a tail of 1e-9 keeps its digits. Accumulates in float (double for double); the k + 1
 // buckets are computed in double on the CPU.
 //
-// Gradient: T (P_i - Q_i) at ids_i; T (P_k - Q_k) exp(logits_j - b_k) in the tail.
+// Gradient: with g_i that of log_softmax_kl with respect to bucket i, g_i at ids_i; g_k exp(logits_j - b_k)
+// in the tail.
 #pragma once
 
 #include <cstdint>
@@ -18,17 +20,19 @@
 namespace fastft {
 
 struct TopkKlArgs {
-    void* logits;           // [rows, vocab], row stride logits_stride; overwritten: by T^2 dKL/dlogits with
-                            //   write_grad, else left without the k logits
+    void* logits;           // [rows, vocab], row stride logits_stride; overwritten: by T^2 times the
+                            //   divergence's gradient with write_grad, else left without the k logits
     const int64_t* ids;     // [rows, k], distinct in a row, each in [0, vocab), see index_check.h; CUDA: NaN
                             //   where one is not
     const void* log_probs;  // [rows, k] Acc: the teacher's log-probabilities over the whole vocabulary
     const void* weights;    // [rows] Acc or null; a row of weight 0 is not read: kl 0, gradient 0
-    void* scratch;          // [rows, k + 1] Acc
-    void* kl;               // [rows] Acc out: T^2 KL in nats (not yet weighted)
+    void* scratch;          // CUDA: [rows, k] float; CPU: [2, k + 1] double, of the calling thread
+    void* kl;               // [rows] Acc out: T^2 times the divergence in nats (not yet weighted)
     int64_t rows, vocab, k, logits_stride;
     double temperature;
+    double beta;  // jsd only, in (0, 1)
     bool tail, write_grad;
+    Direction direction;
     DType dtype;
 };
 
