@@ -16,7 +16,7 @@ from fastft.engine.base import Base, Prepared
 from fastft.engine.output import write_text
 from fastft.engine.progress import Reporter
 from fastft.methods import icl
-from fastft.methods.metrics import Predictions, measure, measure_groups
+from fastft.methods.metrics import FIGURES, Predictions, measure, measure_groups
 from fastft.models.attention import Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
@@ -136,7 +136,7 @@ class FewShot(ABC):
         return {
             **measure(predictions, queries.gold, seed=self.config.data_seed),
             **({"groups": groups} if groups else {}),
-            "tokens": tokens,
+            "tokens": tokens,  # that were computed
             "inference_tokens_per_query": context_tokens + tokens / len(examples),
             "seconds": round(answered.seconds, 3),
             "tokens_per_s": tokens / answered.seconds,
@@ -157,7 +157,8 @@ class FewShot(ABC):
             "balanced": c.icl.balanced,
             "seed": c.seed,
             "data_seed": c.data_seed,
-            **{key: value for key, value in sets[self.task].items() if isinstance(value, float) and key != "seconds"},
+            **{key: value for key, value in sets[self.task].items() if key in FIGURES},
+            "inference_tokens_per_query": sets[self.task]["inference_tokens_per_query"],
             "sets": sets,
         }
 

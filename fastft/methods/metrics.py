@@ -15,6 +15,7 @@ import torch
 from fastft.tasks import Example
 
 BINS = 15
+FIGURES = ("accuracy", "mcc", "macro_f1", "non_label_fraction", "nll", "ece", "majority")
 RESAMPLES = 1000
 INTERVAL = (0.025, 0.975)  # 95 %, between percentiles of the resamples (Efron and Tibshirani 1993)
 RESAMPLED_AT_ONCE = 2**22  # counts in memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
@@ -47,27 +48,30 @@ def _starts_control(rows: list[list[str]], i: int) -> bool:
     return i < len(rows) and rows[i][0].startswith("control")
 
 
-SET_FIGURES = (
-    ("accuracy", "accuracy"),
-    ("MCC", "mcc"),
-    ("F1", "macro_f1"),
-    ("NLL", "nll"),
-    ("ECE", "ece"),
-    ("no label", "non_label_fraction"),
-    ("majority", "majority"),
-)
+SET_FIGURES = {
+    "accuracy": "accuracy",
+    "MCC": "mcc",
+    "F1": "macro_f1",
+    "NLL": "nll",
+    "ECE": "ece",
+    "no label": "non_label_fraction",
+    "majority": "majority",
+}
 PERCENTAGES = ("accuracy", "non_label_fraction", "majority")
+NARROW = ("accuracy", "MCC", "NLL", "no label", "majority")  # what a terminal of 80 columns has room for
 
 
-def sets_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Column heads and a row for each evaluated set, as text; the accuracy with its 95 % interval."""
-    heads = ["set", "examples", *(head for head, _ in SET_FIGURES)]
-    heads.insert(3, "95 %")
+def sets_rows(summary: dict[str, Any], shown: Iterable[str] = SET_FIGURES) -> tuple[list[str], list[list[str]]]:
+    """Column heads and a row for each evaluated set, as text: the figures `shown`, and the accuracy's 95 % interval."""
+    heads = ["set", "n", *shown, "95 %"]
     rows = []
     for name, figures in summary["sets"].items():
-        shown = [percent(figures[key]) if key in PERCENTAGES else number(figures[key]) for _, key in SET_FIGURES]
+        keys = [SET_FIGURES[head] for head in shown]
+        values = [percent(figures[key]) if key in PERCENTAGES else number(figures[key]) for key in keys]
         low, high = figures["intervals"]["accuracy"]
-        rows.append([name, f"{figures['examples']:,}", shown[0], f"{100 * low:.1f}-{100 * high:.1f}", *shown[1:]])
+        rows.append([name, f"{figures['examples']:,}", *values, f"{100 * low:.0f}-{100 * high:.0f}"])
+    for row in (heads, *rows):
+        row.insert(3, row.pop())  # the interval belongs behind the accuracy
     return heads, rows
 
 
@@ -94,7 +98,7 @@ def sets_title(summary: dict[str, Any]) -> str:
 
 
 def sets_table(summary: dict[str, Any]) -> Table:
-    heads, rows = sets_rows(summary)
+    heads, rows = sets_rows(summary, NARROW)
     table = Table(title=sets_title(summary), title_justify="left")
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
