@@ -209,6 +209,11 @@ class IclConfig(Section):
         description="choices of several tokens: mean or sum of their tokens' log-likelihoods, or the first token's "
         "alone; for labels that are single tokens it is the same",
     )
+    calibrate: bool = Field(
+        False,
+        description="icl: contextual calibration (arXiv 2102.09690), each label's probability divided by that for "
+        "content-free inputs",
+    )
 
 
 class PbftConfig(Section):
@@ -352,13 +357,13 @@ _CLASSIFICATION_KEYS = [
 ]
 UNUSED = {
     ("distill", "documents"): [*_CLASSIFICATION_KEYS, "pbft"],
-    ("distill", "classification"): [*_DOCUMENT_KEYS, "pbft"],
+    ("distill", "classification"): [*_DOCUMENT_KEYS, "pbft", "icl.calibrate"],
     ("icl", "classification"): [
         *_DOCUMENT_KEYS,
         *("resume", "pbft", "distill", "peft", "train", "deepspeed.offload_optimizer"),
     ],
-    ("pbft", "classification"): [*_DOCUMENT_KEYS, "distill"],
-    ("ft", "classification"): [*_DOCUMENT_KEYS, "distill", "pbft", "icl.score"],
+    ("pbft", "classification"): [*_DOCUMENT_KEYS, "distill", "icl.calibrate"],
+    ("ft", "classification"): [*_DOCUMENT_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from fastft.errors import DataError
 from fastft.methods import distill, icl
 from fastft.methods.evaluation import recovery
 from fastft.models import loading
+from fastft.models.attention import Prefix
+from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
 from fastft.report import before_after
 from fastft.tasks import Example
@@ -42,6 +44,27 @@ class Demonstrations(FewShot):
         )
         icl.check_room(self.encode_context(text), queries, positions, fewer)
         return queries
+
+    def calibrate(
+        self, lm: PackedCausalLM, answers: Answers, text: Text, ranks: Ranks, *, prefix: Prefix | None
+    ) -> Answers:
+        """The answers, contextually calibrated behind the demonstrations in `prefix`.
+
+        Raises DataError where the choices are each example's own, which content-free inputs do not have.
+        """
+        if not self.pattern.verbalizer:
+            raise DataError(
+                f"icl.calibrate: the choices of data.pattern={self.pattern_name} are each example's own, which a "
+                "content-free input does not have; set icl.calibrate=false or choose a pattern with label words"
+            )
+        examples = icl.content_free_examples(self.asked[self.task][0])
+        queries = self.encode(examples, text, loading.max_positions(lm.model))
+        size, score = self.config.evaluate.batch_size, self.config.icl.score
+        content_free = icl.classify(lm, queries, ranks, prefix=prefix, batch_size=size, score=score)
+        return {
+            name: replace(answered, predictions=icl.calibrate(answered.predictions, content_free))
+            for name, answered in answers.items()
+        }
 
     def describe(self, prepared: Prepared) -> str:
         tokens = len(prepared.windows[0].token_ids)

@@ -60,6 +60,8 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
         )
     prepared = time.monotonic()
     answers = few_shot.answer(lm, sets, ranks, out, prefix=prefix)
+    if config.icl.calibrate:
+        answers = few_shot.calibrate(lm, answers, base.text, ranks, prefix=prefix)
     answered = time.monotonic()
     figures = few_shot.figures(answers, len(context))
     ended = time.monotonic()
@@ -71,6 +73,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     }
     summary = {
         **few_shot.summary(figures),
+        "calibrated": config.icl.calibrate,
         "demonstration_tokens": len(context),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "peak_memory_bytes": peak_memory_bytes(),

@@ -11,7 +11,7 @@ A fine-tuned model answers in the same way, without demonstrations.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -101,6 +101,24 @@ def _check_distinct(words: tuple[str, ...], ids: list[list[int]], text: Text, sc
                 f"label words {words[other]!r} and {words[i]!r} cannot be told apart: {same}; {cure} other words with "
                 "data.verbalizer or data.pattern"
             )
+
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+
+
+def content_free_examples(example: Example) -> list[Example]:
+    """Inputs that say nothing, with the fields of `example`."""
+    return [Example(dict.fromkeys(example.fields, text), label=0) for text in CONTENT_FREE]
+
+
+def calibrate(predictions: Predictions, content_free: Predictions) -> Predictions:
+    """Contextual calibration (Zhao et al. 2021, arXiv 2102.09690): p(label) / p_cf(label), normalised.
+
+    p_cf is the mean over content-free inputs behind the same demonstrations: what these make the model say by
+    themselves.
+    """
+    bias = content_free.log_probs.exp().mean(0).log()
+    return replace(predictions, log_probs=(predictions.log_probs - bias).log_softmax(-1))
 
 
 def check_room(

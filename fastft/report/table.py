@@ -89,6 +89,7 @@ def group_rows(figures: dict[str, Any], labels: list[str]) -> tuple[list[str], l
 
 def sets_title(summary: dict[str, Any]) -> str:
     method = summary["method"] + (f" {summary['peft']}" if summary["peft"] else "")
+    method += " calibrated" if summary.get("calibrated") else ""
     shots = f"{summary['num_shots']} {'demonstrations' if summary['method'] == 'icl' else 'shots'} of {summary['task']}"
     balanced = ", balanced" if summary["balanced"] and summary["num_shots"] else ""
     seeds = f"seed {summary['seed']}" + (

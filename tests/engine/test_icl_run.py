@@ -106,6 +106,22 @@ def test_fewer_examples_and_no_demonstrations(icl_config, launch):
     assert len(rows) == 10
 
 
+def test_a_calibrated_run(icl_config, launch, tmp_path):
+    found = {}
+    for calibrate in (False, True):
+        raw = icl_config(icl={"num_shots": 4, "calibrate": calibrate})
+        raw["output_dir"] = str(tmp_path / str(calibrate))
+        done = launch(raw)
+        ok(done)
+        assert ("icl calibrated, 4 demonstrations" in done.stdout) == calibrate
+        found[calibrate] = figures(raw["output_dir"])
+    # The same factor between the two labels for every example, of both sets.
+    odds = [[row["log_probs"][0] - row["log_probs"][1] for row in rows] for _, rows in found.values()]
+    shift = [b - a for a, b in zip(*odds, strict=True)]
+    assert shift == pytest.approx([shift[0]] * 17) and abs(shift[0]) > 1e-3
+    assert found[True][0]["nll"] != found[False][0]["nll"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -98,3 +98,18 @@ def test_a_prompt_that_is_too_long_says_how_many_shots_fit():
         icl.check_room((0,) * 89, queries, 100, iter([(6, 90), (4, 60), (2, 30)]))
     with pytest.raises(DataError, match="no demonstration fits"):
         icl.check_room((0,) * 89, queries, 20, iter([(2, 30), (0, 1)]))
+
+
+def test_calibration_makes_content_free_inputs_undecided(pair):
+    """p / p_cf: the mean content-free input comes out uniform, and probabilities stay in proportion."""
+    ours, _ = pair
+    queries = icl.Queries([[45, 6, 11], [8], [5, 5]], [[[7], [8], [9]]] * 3)
+    found = icl.classify(ours, queries, Ranks(), prefix=None, batch_size=2)
+    one = icl.classify(ours, icl.Queries([[8]], queries.choices[:1]), Ranks(), prefix=None, batch_size=2)
+    undecided = icl.calibrate(one, one).log_probs.exp()
+    torch.testing.assert_close(undecided, torch.full((1, 3), 1 / 3, dtype=torch.float64))
+    bias = found.log_probs.exp().mean(0)
+    expected = found.log_probs.exp() / bias
+    calibrated = icl.calibrate(found, found)
+    torch.testing.assert_close(calibrated.log_probs.exp(), expected / expected.sum(-1, keepdim=True))
+    assert torch.equal(calibrated.is_label, found.is_label)
