@@ -138,8 +138,8 @@ def run(config: Config) -> dict[str, Any]:
         summary["seconds"] = {k: round(v, 3) for k, v in clock.seconds.items()}
         summary["peak_memory_bytes"] = peak_memory_bytes()
         summary["trained_parameters"] = number
-        write_json(output_dir / "summary.json", summary)
         source.report(output_dir, summary, after, out)
+        write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
         if tensors:
             out.line(f"adapter    {output_dir / 'adapter'}")
         out.line(f"report     {output_dir / 'report.html'}")
