@@ -136,6 +136,10 @@ BENCHES = {
         "bench_lora_linear_256": ["--model", "opt-30b", "--rows", "256", "--form", "kernels", "--no-compile"],
         "bench_lora_linear_llama": ["--model", "llama-3-8b", "--rows", "2048", "--form", "kernels", "--no-compile"],
     },
+    "bench_attention": {
+        f"bench_attention{suffix}": ["--model", model, "--sequences", "32", "--longest", "512", "--context", "2048"]
+        for suffix, model in (("", "llama-3-8b"), ("_opt", "opt-1.3b"))
+    },
     "bench_distill_step": {  # OPT-1.3B's shape
         "bench_distill_step": [
             *("--hidden", "2048", "--layers", "24", "--heads", "32", "--ffn", "8192"),

@@ -46,6 +46,11 @@ class ModelConfig(Section):
         False,
         description="take only config and tokenizer from name_or_path and draw the weights from the seed",
     )
+    attention: Literal["auto", "fa3", "fa4", "fa2", "varlen", "sdpa"] = Field(
+        "auto",
+        description="attention over packed sequences on a GPU: flash-attn 3, 4 or 2, or torch's own varlen_attn, all "
+        "without padding; or padded through scaled_dot_product_attention; auto: the first that can be used",
+    )
     prefix: Literal["device", "host", "int8"] = Field(
         "device",
         description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "

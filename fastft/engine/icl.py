@@ -47,6 +47,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     out.line(
         f"model      {config.model.name_or_path}  {count:,} parameters  {config.model.dtype}  {ranks.device}  "
         f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''} x {torch.get_num_threads()} threads  {stage}"
+        f"{base.attention}"
     )
     loaded = time.monotonic()
 

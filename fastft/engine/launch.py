@@ -51,7 +51,20 @@ def start(threads_per_rank: int | None) -> Ranks:
             f"the processes cannot meet at {address}: {str(error).splitlines()[0]} If another run uses this port, "
             "choose one: deepspeed --master_port PORT fastft/train.py ..."
         ) from error
+    if device.type == "cpu":
+        torch.distributed.barrier()  # every process has mapped the others' buffers
+        _unlink_shared_memory()
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+def _unlink_shared_memory() -> None:
+    """Give this process's all-reduce buffer to the memory that its mappings hold.
+
+    DeepSpeed creates 66 MiB in shared memory for each process and never removes the name, so that every run, killed or
+    not, would leave them behind until the machine starts again.
+    """
+    name = "_".join((str(os.getuid()), *(os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT", "RANK"))))
+    Path("/dev/shm", f"deepspeed_allreduce_buffer_{name}").unlink(missing_ok=True)
 
 
 def _shared_memory_op_is_built() -> bool:

@@ -70,7 +70,7 @@ def run(config: Config) -> dict[str, Any]:
     out.line(
         f"model      {config.model.name_or_path}  {count:,} parameters  {config.model.dtype}  {base.lm.device}  "
         f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''} x {torch.get_num_threads()} threads  "
-        f"ZeRO-{config.deepspeed.zero_stage}"
+        f"ZeRO-{config.deepspeed.zero_stage}{base.attention}"
     )
 
     with clock.measure("prepare"):

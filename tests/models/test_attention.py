@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from fastft.models import attention
+from fastft.models import attention, flash
 from fastft.models.attention import IMPLEMENTATION, DecodeCache, PackedSequences, Prefix, merge
 
 COMMON = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -35,11 +35,13 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True, params=["materialised", "flash"])
-def path(request, monkeypatch):
-    """Both of the CPU's ways: few scores are materialised, many go through torch's flash kernel."""
+@pytest.fixture(autouse=True, params=["materialised", "flash", *(b.name for b in flash.BACKENDS)])
+def path(request, monkeypatch, flash_on_cpu):
+    """Both of the CPU's ways: few scores are materialised, many go through torch's flash kernel; and the GPU's."""
     if request.param == "flash":
         monkeypatch.setattr(attention, "MATERIALISED_SCORES", 0)
+    elif request.param != "materialised":
+        flash_on_cpu(request.param)
 
 
 @pytest.fixture(params=list(MODELS))

@@ -61,9 +61,9 @@ def test_an_int8_prefix_of_smollm2_attends_as_the_exact_one_does(monkeypatch):
     assert len(document) > 500 and int8.nbytes / exact.nbytes == pytest.approx((64 + 4) / (64 * 4))
     attend, worst, mean = attention._attend_prefix, [], []
 
-    def compare(q, packed, layer, scale):
-        out, lse = attend(q, packed, layer, scale)
-        rounded = attend(q, PackedSequences(packed.lengths, prefixes=[(int8, 2)]), layer, scale)[0]
+    def compare(q, packed, *arguments):
+        out, lse = attend(q, packed, *arguments)
+        rounded = attend(q, PackedSequences(packed.lengths, prefixes=[(int8, 2)]), *arguments)[0]
         error = (rounded - out).abs() / out.abs().max()
         worst.append(error.max().item())
         mean.append(error.mean().item())

@@ -1,0 +1,217 @@
+"""Sequences that lie end to end in one row of tokens, and the keys and values that come before them.
+
+A *pack* is one row of tokens [1, T] in which several sequences lie end to end, so that every linear layer
+sees T real tokens and no padding. Attention alone has to know where one sequence ends and the next begins;
+`PackedSequences` says so. It also carries the keys and values that come before the packed tokens:
+
+- a **shared prefix** (`Prefix`): the context's keys and values, computed once and held once. All queries that follow it
+  are one long query block against that one copy; nothing is expanded per sequence or per query head;
+- a **decode cache** (`DecodeCache`): each sequence's own keys and values, for generation.
+
+A sequence may end in several **branches**, alternative continuations of it (the choices of a question): it is computed
+once for all of them, and a branch sees it and itself, but not its siblings.
+
+Shapes: T packed tokens, B sequences, L the longest of them, G key/value heads, D head size, C prefix length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+PLACEMENTS = ("device", "host", "int8")
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class Prefix:
+    """Keys and values of one context, positions 0..C-1: per layer k, v [1, G, C, D].
+
+    placement: where they live between uses.
+        device  as they are
+        host    in the CPU's memory, pinned; the next layer is copied while this one computes, so at most two are on the
+                device. Without a GPU the same as device
+        int8    on the device with one float32 scale per key and value vector, x ~ round(x / s) * s, s = max|x| / 127:
+                an error of at most s / 2 an element, (D + 4) bytes a vector
+    """
+
+    def __init__(self, placement: str = "device"):
+        if placement not in PLACEMENTS:
+            raise ValueError(f"Prefix: placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
+        self.placement = placement
+        self.length = 0
+        self._layers: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._dtype: torch.dtype | None = None  # int8: what to give back
+        self._device: torch.device | None = None  # host: where to copy to; None where they need no copy
+        self._stream: torch.cuda.Stream | None = None
+        self._copies: dict[int, tuple[KeyValue, torch.cuda.Event]] = {}  # host: layers on their way to the device
+
+    def put(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep the keys and values of a layer, [1, G, C, D] each; layers come in the order of the forward."""
+        self.length = k.shape[2]
+        if self.placement == "int8":
+            self._dtype = k.dtype
+            self._layers[layer] = (*_quantize(k), *_quantize(v))
+        elif self.placement == "host" and k.is_cuda:
+            self._device = k.device
+            self._layers[layer] = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x) for x in (k, v))
+        else:
+            self._layers[layer] = (k.contiguous(), v.contiguous())
+
+    def fetch(self, layer: int) -> KeyValue:
+        """Keys and values of a layer on the device, in the model's dtype."""
+        kept = self._layers[layer]
+        if self.placement == "int8":
+            k, k_scale, v, v_scale = kept
+            return _dequantize(k, k_scale, self._dtype), _dequantize(v, v_scale, self._dtype)
+        if self._device:
+            return self._fetch_from_host(layer)
+        return kept
+
+    def _fetch_from_host(self, layer: int) -> KeyValue:
+        if layer not in self._copies:
+            self._start_copy(layer)
+        copied, done = self._copies.pop(layer)
+        order = list(self._layers)
+        self._start_copy(order[(order.index(layer) + 1) % len(order)])
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(done)
+        for x in copied:
+            x.record_stream(current)  # allocated on the other stream, whose next copy must not take its memory
+        return copied
+
+    def _start_copy(self, layer: int) -> None:
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._stream):
+            copied = tuple(x.to(self._device, non_blocking=True) for x in self._layers[layer])
+            self._copies[layer] = (copied, self._stream.record_event())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept, wherever they are."""
+        return sum(x.nbytes for kept in self._layers.values() for x in kept)
+
+
+def _quantize(x: torch.Tensor) -> KeyValue:
+    """x [..., D] -> int8 [..., D] and float32 scales [..., 1], symmetric by the largest magnitude of each vector."""
+    scale = x.abs().amax(-1, keepdim=True).float() / 127
+    return torch.round(x / scale.clamp_min(torch.finfo(torch.float32).tiny)).to(torch.int8), scale
+
+
+def _dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (x * scale).to(dtype)
+
+
+class DecodeCache:
+    """Own keys and values of B sequences during generation: per layer k, v [B, G, capacity, D]."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.layers: dict[int, KeyValue] = {}
+        self.lengths: torch.Tensor | None = None  # [B] tokens written so far
+
+    def buffers(self, layer: int, batch: int, like: torch.Tensor) -> KeyValue:
+        if layer not in self.layers:
+            shape = (batch, like.shape[1], self.capacity, like.shape[3])
+            # Zeros, not empty: masked positions are multiplied by probability zero, and 0 * nan is nan.
+            self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self.layers[layer]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all sequences but `rows` [n] (those that are not finished)."""
+        self.layers = {i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()}
+        self.lengths = self.lengths[rows]
+
+
+class PackedSequences:
+    """Where each sequence of a pack lies, and what comes before it.
+
+    lengths: tokens of each of the B sequences, in packed order.
+    branches: for each sequence the lengths of its alternative continuations, which follow it in the pack one after the
+        other; each has the positions that it would have alone. An empty list is a sequence without branches.
+    prefixes: what the sequences share, as (prefix, number of consecutive sequences) groups that cover all B;
+        None when nothing precedes them.
+    cache: per-sequence keys and values to extend (generation); None otherwise.
+    capture: a `Prefix` to fill with the keys and values of this pack (one sequence only).
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        branches: list[list[int]] | None = None,
+        prefixes: list[tuple[Prefix, int]] | None = None,
+        cache: DecodeCache | None = None,
+        capture: Prefix | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"PackedSequences: lengths must be positive and not empty, got {lengths}")
+        if prefixes is not None and sum(n for _, n in prefixes) != len(lengths):
+            groups = [n for _, n in prefixes]
+            raise ValueError(f"PackedSequences: prefix groups {groups} do not cover {len(lengths)} sequences")
+        if capture is not None and len(lengths) != 1:
+            raise ValueError(f"PackedSequences: capture takes one sequence, got {len(lengths)}")
+        trunks = lengths
+        if branches is not None:
+            if cache is not None or capture is not None:
+                raise ValueError("PackedSequences: sequences with branches take no cache and no capture")
+            if len(branches) != len(lengths) or any(n < 1 for ends in branches for n in ends):
+                raise ValueError(
+                    f"PackedSequences: branches must be a list of positive lengths for each of {len(lengths)} "
+                    f"sequences, got {branches}"
+                )
+            lengths = [trunk + sum(ends) for trunk, ends in zip(trunks, branches, strict=True)]
+        self.lengths = lengths
+        self.prefixes = prefixes
+        self.cache = cache
+        self.capture = capture
+        length = torch.tensor(lengths)
+        self.longest = int(length.max())
+        bounds = F.pad(torch.cumsum(length, 0), (1, 0))
+        starts = bounds[:-1]
+        self.cu_seqlens = bounds.to(device, torch.int32)  # [B + 1]: sequence i is tokens cu_seqlens[i] to [i + 1]
+        offset = torch.arange(self.longest)
+        row = torch.repeat_interleave(torch.arange(len(lengths)), length)
+        column = torch.arange(int(length.sum())) - starts[row]
+        # to_padded: packed index of each padded slot (a slot past a sequence's end repeats its last token, whose
+        # result is never read); to_packed: padded slot of each packed token.
+        to_padded = starts[:, None] + torch.minimum(offset, length[:, None] - 1)
+        self.to_padded = to_padded.flatten().to(device)
+        self.to_packed = (row * self.longest + column).to(device)
+        self.is_uniform = min(lengths) == self.longest
+        positions = column
+        self.tree: torch.Tensor | None = None  # [B, 1, L, L]: a query sees what comes before it, but no other branch
+        if branches is not None:
+            parts = [(trunk, *ends) for trunk, ends in zip(trunks, branches, strict=True)]
+            first = [0 if i == 0 else trunk for trunk, *ends in parts for i in range(len(ends) + 1)]
+            sizes = [n for part in parts for n in part]
+            positions = torch.cat([torch.arange(n) + at for at, n in zip(first, sizes, strict=True)])
+            number = torch.cat([torch.repeat_interleave(torch.tensor(part)) for part in parts])  # 0: before branches
+            number = number[to_padded]
+            same = (number[:, None, :] == 0) | (number[:, None, :] == number[:, :, None])
+            self.tree = (same & (offset <= offset[:, None]))[:, None].to(device)
+        if prefixes is not None:
+            before = [p.length for p, n in prefixes for _ in range(n)]
+            positions = positions + torch.tensor(before)[row]
+        positions = positions.to(device)
+        if cache is not None:
+            if cache.lengths is None:
+                cache.lengths = torch.zeros(len(lengths), dtype=torch.long, device=device)
+            positions = positions + cache.lengths[row.to(device)]  # `advance` moves it once the forward is done
+        self.position_ids = positions[None]
+        if cache is not None:
+            row, column = row.to(device), column.to(device)
+            self.cache_slots = (row, slice(None), cache.lengths[row] + column)
+            last = cache.lengths[:, None] + torch.arange(self.longest, device=device)  # slot of each padded query
+            self.seen = int(cache.lengths.max()) + self.longest
+            # [B, 1, L, seen]: a query sees its own sequence's slots up to its own.
+            self.visible = (torch.arange(self.seen, device=device) <= last[:, :, None])[:, None]
+
+    @property
+    def takes_gradient(self) -> bool:
+        return self.prefixes is None and self.cache is None and self.tree is None
+
+    def advance(self) -> None:
+        """After a forward with a cache: count the new tokens as written."""
+        self.cache.lengths = self.cache.lengths + torch.tensor(self.lengths, device=self.cache.lengths.device)
