@@ -131,7 +131,7 @@ def fastft(e: Evaluation, examples: list[Example]) -> torch.Tensor:
     text = Text(e.tokenizer)
     prefix = e.lm.encode_prefix(icl.encode_demonstrations(e.pattern, e.demonstrations, text))
     queries = icl.encode_queries(e.pattern, examples, text, behind_demonstrations=True)
-    return icl.classify(e.lm, queries, Ranks(), prefix=prefix, batch_size=64).float()
+    return icl.classify(e.lm, queries, Ranks(), prefix=prefix, batch_size=64).log_probs.float()
 
 
 def flops(config, tokens: int, attended: int, logits: int) -> float:

@@ -89,6 +89,14 @@ class DataConfig(Section):
     pattern: str | None = Field(
         None, description="classification: the task's pattern that writes examples as text; null: its first"
     )
+    verbalizer: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, description="classification: the words of each label, in the order of the labels; null: the pattern's own"
+    )
+    seed: NonNegativeInt | None = Field(
+        None,
+        description="classification: seed of the examples, those that are shown or trained on and those that are "
+        "evaluated; null: seed",
+    )
     ood: list[ClassificationTask] = Field(
         [], description="classification: sets of another distribution, with the task's labels, evaluated as well"
     )
@@ -195,12 +203,29 @@ class QueriesConfig(Section):
 
 
 class IclConfig(Section):
-    num_shots: NonNegativeInt = Field(16, description="demonstrations in front of every query, from the train split")
-    balanced: bool = Field(True, description="as many demonstrations of each label")
-    score: Literal["mean", "sum"] = Field(
+    num_shots: NonNegativeInt = Field(
+        16,
+        description="labelled examples from the train split: demonstrations in front of every query (icl, and the "
+        "teacher of distill), or what is trained on (pbft, ft)",
+    )
+    balanced: bool = Field(True, description="as many of them of each label")
+    score: Literal["mean", "sum", "first"] = Field(
         "mean",
-        description="choices of several tokens: mean or sum of their tokens' log-likelihoods; for labels that are "
-        "single tokens it is the same",
+        description="choices of several tokens: mean or sum of their tokens' log-likelihoods, or the first token's "
+        "alone; for labels that are single tokens it is the same",
+    )
+    calibrate: bool = Field(
+        False,
+        description="icl: contextual calibration (arXiv 2102.09690), each label's probability divided by that for "
+        "content-free inputs",
+    )
+
+
+class PbftConfig(Section):
+    loss_over: Literal["vocabulary", "labels"] = Field(
+        "vocabulary",
+        description="what the label competes with: its tokens with every token of the vocabulary, or its score "
+        "(icl.score) with those of the other labels",
     )
 
 
@@ -260,7 +285,9 @@ class DistillConfig(Section):
 
 
 class PeftConfig(Section):
-    kind: Literal["lora", "bitfit", "full"] = Field("lora", description="which parameters are trained")
+    kind: Literal["lora", "bitfit", "full", "head"] = Field(
+        "lora", description="which parameters are trained; head: only the classification head, which method=ft has"
+    )
     r: PositiveInt = Field(16, description="lora: rank")
     lora_alpha: PositiveFloat = Field(32.0, description="lora: scaling = lora_alpha / r")
     target_modules: Literal["all-linear"] | list[str] = Field(
@@ -317,7 +344,7 @@ class EvaluateConfig(Section):
     max_new_tokens: PositiveInt = Field(24, description="longest generated answer")
     batch_size: PositiveInt = Field(64, description="sequences per forward pass, also in the teach phase")
     max_examples: PositiveInt | None = Field(
-        None, description="icl: evaluate so many examples of each set, drawn with the seed; null: all"
+        None, description="classification: evaluate so many examples of each set, drawn with the seed; null: all"
     )
 
 
@@ -327,23 +354,30 @@ _DOCUMENT_KEYS = [
     *(f"data.{key}" for key in ("context_pattern", "query_pattern", "answer_pattern", "answer_end")),
     *("queries", "evaluate.answers", "evaluate.max_new_tokens"),
 ]
+_CLASSIFICATION_KEYS = [
+    *(f"data.{key}" for key in ("pattern", "verbalizer", "seed", "ood")),
+    *("icl", "evaluate.max_examples", "distill.examples"),
+]
 UNUSED = {
-    ("distill", "documents"): ["icl", "data.pattern", "data.ood", "evaluate.max_examples", "distill.examples"],
-    ("distill", "classification"): [*_DOCUMENT_KEYS, "data.ood"],
+    ("distill", "documents"): [*_CLASSIFICATION_KEYS, "pbft"],
+    ("distill", "classification"): [*_DOCUMENT_KEYS, "pbft", "icl.calibrate"],
     ("icl", "classification"): [
         *_DOCUMENT_KEYS,
-        *("resume", "distill", "peft", "train", "deepspeed.offload_optimizer"),
+        *("resume", "pbft", "distill", "peft", "train", "deepspeed.offload_optimizer"),
     ],
+    ("pbft", "classification"): [*_DOCUMENT_KEYS, "distill", "icl.calibrate"],
+    ("ft", "classification"): [*_DOCUMENT_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
 }
 
 
 class Config(Section):
     """A run of fastft."""
 
-    method: Literal["distill", "icl"] = Field(
+    method: Literal["distill", "icl", "pbft", "ft"] = Field(
         "distill",
         description="distill: context distillation, of documents or of a task's demonstrations; icl: demonstrations in "
-        "the prompt, nothing trained",
+        "the prompt, nothing trained; pbft: pattern-based fine-tuning, the model learns to continue each pattern by "
+        "its label's words; ft: fine-tuning with a new classification head on the last token",
     )
     seed: NonNegativeInt = Field(0, description="seed of sampling, shuffling and initialisation")
     output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
@@ -355,7 +389,8 @@ class Config(Section):
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the base model")
     data: DataConfig = Field(default_factory=DataConfig, description="documents and questions")
-    icl: IclConfig = Field(default_factory=IclConfig, description="demonstrations of a classification task")
+    icl: IclConfig = Field(default_factory=IclConfig, description="labelled examples of a classification task")
+    pbft: PbftConfig = Field(default_factory=PbftConfig, description="pattern-based fine-tuning")
     queries: QueriesConfig = Field(default_factory=QueriesConfig, description="what the student is trained on")
     distill: DistillConfig = Field(default_factory=DistillConfig, description="the loss")
     peft: PeftConfig = Field(default_factory=PeftConfig, description="the trained parameters")
@@ -394,7 +429,18 @@ class Config(Section):
             )
         if self.method == "distill" and self.kind == "classification" and self.icl.num_shots == 0:
             raise ValueError("icl.num_shots=0: without demonstrations there is nothing to distil; use 1 or more")
+        if self.method in ("pbft", "ft") and self.icl.num_shots == 0:
+            raise ValueError("icl.num_shots=0: without labelled examples there is nothing to train on; use 1 or more")
+        if self.method != "ft" and self.peft.kind == "head":
+            raise ValueError(
+                f"peft.kind=head trains the classification head of method=ft; method={self.method} has none; "
+                "use lora, bitfit or full"
+            )
         return self
+
+    @property
+    def data_seed(self) -> int:
+        return self.seed if self.data.seed is None else self.data.seed
 
     @property
     def kind(self) -> Literal["documents", "classification"]:

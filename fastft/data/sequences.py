@@ -30,7 +30,7 @@ class Sequence:
     """Tokens that the student sees without the context: prompt, then completion."""
 
     window: int
-    kind: str  # "passage", "self_study" or "question"
+    kind: str  # "passage", "self_study", "question"; of a classification task "input", "labelled"
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
 

@@ -11,6 +11,7 @@ from fastft.data.sequences import Sequence, Window
 from fastft.distributed import Ranks
 from fastft.errors import FastftError
 from fastft.methods.evaluation import QuestionSet
+from fastft.methods.icl import ChoiceSet
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
@@ -34,7 +35,7 @@ class Prepared:
 
     windows: list[Window]
     sequences: list[Sequence]
-    evaluated: list[QuestionSet]
+    evaluated: list[QuestionSet] | list[ChoiceSet]
     control: list[QuestionSet]
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from fastft.config import Config
 from fastft.data.sequences import Sequence, Window, answer_tokens, make_windows, passages, question_prompt
-from fastft.data.store import store_key
+from fastft.data.store import TeacherStore, store_key
 from fastft.distributed import Ranks
 from fastft.engine.base import Base, Prepared, prefix_key
+from fastft.engine.objective import Objective, distillation
 from fastft.engine.output import write_json
 from fastft.engine.progress import Reporter
 from fastft.errors import DataError
 from fastft.methods import distill
-from fastft.methods.evaluation import QuestionSet
+from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, total, truncated_nll
 from fastft.models import loading
 from fastft.models.text import Text
+from fastft.report import before_after, write_report
 from fastft.tasks import Document, Question, load_documents, select
+
+SetScores = dict[str, list[Scores]]  # "evaluated" and "control", as far as there are such questions
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,11 @@ class Documents:
         documents = load_documents(config.data)
         return cls(config, documents, select(documents, config.data.documents))
 
-    def describe(self, windows: int) -> str:
+    def describe(self, prepared: Prepared) -> str:
+        windows = len(prepared.windows)
+        longest = max(len(w.token_ids) for w in prepared.windows)
         documents = f"{len(self.learned)} document{'s' if len(self.learned) > 1 else ''}"
-        return f"{documents}, {windows} context{'s' if windows > 1 else ''}"
+        return f"{documents}, {windows} context{'s' if windows > 1 else ''} of up to {longest:,} tokens"
 
     def prepare(self, base: Base, ranks: Ranks, out: Reporter) -> Prepared:
         """Contexts, student sequences and scored questions as token ids."""
@@ -92,6 +100,108 @@ class Documents:
                 "queries.passages.tokens or distill.on_policy_tokens"
             )
         return Prepared(windows, sequences, evaluated, control)
+
+    def objective(self, base: Base, prepared: Prepared, store: TeacherStore | None) -> Objective:
+        return distillation(self.config, base, prepared, store)
+
+    def evaluate_base(self, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter) -> dict[str, SetScores]:
+        """Scores of the base without and with the context."""
+        contexts = {"no_context": "no context", "teacher": "in context"}
+        return {
+            name: self._scores(base, prepared, ranks, out, phase=phase, in_context=name == "teacher")
+            for name, phase in contexts.items()
+        }
+
+    def evaluate(self, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter) -> SetScores:
+        """Scores of the student, without the context."""
+        return self._scores(base, prepared, ranks, out, phase="student", in_context=False)
+
+    def progress(self, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter) -> dict[str, float]:
+        """While training: likelihood of the evaluated questions' answers under the student."""
+        return total(self._ask(base, prepared.evaluated, ranks, out, phase="student", in_context=False, answers=False))
+
+    def _scores(
+        self, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter, *, phase: str, in_context: bool
+    ) -> SetScores:
+        """Of the evaluated and the control questions, as far as there are any."""
+        scores = {}
+        for name, sets in (("evaluated", prepared.evaluated), ("control", prepared.control)):
+            if sets:
+                # The control is a likelihood; answers are generated for the evaluated questions alone.
+                answers = name == "evaluated"
+                scores[name] = self._ask(base, sets, ranks, out, phase=phase, in_context=in_context, answers=answers)
+        return scores
+
+    def _ask(
+        self,
+        base: Base,
+        sets: list[QuestionSet],
+        ranks: Ranks,
+        out: Reporter,
+        *,
+        phase: str,
+        in_context: bool,
+        answers: bool,
+    ) -> list[Scores]:
+        e = self.config.evaluate
+        count = sum(len(s.prompts) * (len(s.windows) if in_context else 1) for s in sets)
+        with out.phase(phase, count, "questions") as progress:
+            return evaluate(
+                base.lm,
+                sets,
+                base.text,
+                ranks,
+                in_context=in_context,
+                batch_size=e.batch_size,
+                max_new_tokens=e.max_new_tokens if answers and e.answers else None,
+                advance=progress.advance,
+            )
+
+    def summarize(
+        self, base: Base, prepared: Prepared, before: dict[str, SetScores], after: SetScores
+    ) -> dict[str, Any]:
+        """The final figures, for all documents together and one by one."""
+        config = self.config
+        summary: dict[str, Any] = {
+            "method": config.method,
+            "setting": config.queries.setting,
+            "peft": config.peft.kind,
+            "model": config.model.name_or_path,
+            "nll_no_context": None,
+            "nll_teacher": None,
+            "nll_student": None,
+            "recovery": None,
+            "control_recovery": None,
+        }
+        scores = {**before, "student": after}
+        if prepared.evaluated:
+            rows = {name: found["evaluated"] for name, found in scores.items()}
+            for name, own in rows.items():
+                summary |= {f"{metric}_{name}": value for metric, value in total(own).items()}
+            summary["recovery"] = recovery(summary["nll_no_context"], summary["nll_student"], summary["nll_teacher"])
+            if any(len(s.windows) > 1 for s in prepared.evaluated):
+                summary["nll_truncated"] = nll = truncated_nll(rows["teacher"])
+                summary["recovery_truncated"] = recovery(summary["nll_no_context"], nll, summary["nll_teacher"])
+            summary["documents"] = [
+                {
+                    "id": s.document,
+                    "questions": len(s.prompts),
+                    **{f"nll_{name}": own[i].nll_per_token for name, own in rows.items()},
+                    "recovery": recovery(*(rows[n][i].nll_per_token for n in ("no_context", "student", "teacher"))),
+                }
+                for i, s in enumerate(prepared.evaluated)
+            ]
+        if prepared.control:
+            control = {name: total(found["control"])["nll"] for name, found in scores.items()}
+            summary |= {f"control_nll_{name}": value for name, value in control.items()}
+            summary["control_recovery"] = recovery(control["no_context"], control["student"], control["teacher"])
+            summary["control_documents"] = [s.document for s in prepared.control]
+        return summary
+
+    def report(self, folder: Path, summary: dict[str, Any], after: SetScores, out: Reporter) -> None:
+        """Print the table; write report.html."""
+        out.show(before_after(summary))
+        write_report(folder, self.config, summary)
 
 
 def split_questions(document: Document, config: Config) -> tuple[list[Question], list[Question]]:

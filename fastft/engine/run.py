@@ -1,22 +1,24 @@
-"""A whole run: prepare, teach, evaluate the base, train, evaluate the student, report."""
+"""A whole run: prepare, teach, evaluate the base, train, evaluate what was trained, report."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastft import peft
 from fastft.config import Config
-from fastft.distributed import Ranks
-from fastft.engine.base import Base, Prepared, load_base
+from fastft.engine.base import Base, load_base
+from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.documents import Documents
-from fastft.engine.few_shot import FewShot
 from fastft.engine.icl import evaluate_in_context
+from fastft.engine.labelled import Labelled
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
 from fastft.engine.progress import Reporter, peak_memory_bytes
@@ -24,9 +26,15 @@ from fastft.engine.stop import StopRequest
 from fastft.engine.teach import teach
 from fastft.engine.trainer import Trainer
 from fastft.engine.training import Training
-from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, total, truncated_nll
-from fastft.methods.icl import evaluate_choices
-from fastft.report import before_after, write_report
+from fastft.methods import ft
+
+# What a run learns from: how it is prepared, what a step minimises, and what is evaluated and reported.
+SOURCES = {
+    ("distill", "documents"): Documents,
+    ("distill", "classification"): Demonstrations,
+    ("pbft", "classification"): Labelled,
+    ("ft", "classification"): Labelled,
+}
 
 
 @dataclass
@@ -49,7 +57,7 @@ def run(config: Config) -> dict[str, Any]:
     stop = StopRequest()
     stop.install()
     began = time.monotonic()
-    source = (Documents if config.kind == "documents" else FewShot).load(config)
+    source = SOURCES[config.method, config.kind].load(config)
     ranks = start(config.deepspeed.threads_per_rank)
     out = Reporter(enabled=ranks.is_first)
     clock = Clock()
@@ -68,24 +76,24 @@ def run(config: Config) -> dict[str, Any]:
     with clock.measure("prepare"):
         prepared = source.prepare(base, ranks, out)
     tokens = sum(len(s.token_ids) for s in prepared.sequences)
-    kinds = {k: sum(s.kind == k for s in prepared.sequences) for k in ("passage", "self_study", "question", "input")}
-    longest = max(len(w.token_ids) for w in prepared.windows)
+    kinds = Counter(s.kind for s in prepared.sequences)
     out.line(
-        f"prepare    {source.describe(len(prepared.windows))} of up to {longest:,} tokens; "
-        + ", ".join(f"{n} {k.replace('_', '-')}" for k, n in kinds.items() if n)
+        f"prepare    {source.describe(prepared)}; "
+        + ", ".join(f"{n} {kind.replace('_', '-')}" for kind, n in kinds.items())
         + f" sequences, {tokens:,} tokens"
     )
 
     store = None
-    if config.distill.teacher == "stored":
+    if config.method == "distill" and config.distill.teacher == "stored":
         with clock.measure("teach"):
             store = teach(config, base, prepared, ranks, out)
 
     with clock.measure("evaluate_base"):
-        before = evaluate_base(config, base, prepared, ranks, out)
+        before = source.evaluate_base(base, prepared, ranks, out)
 
     torch.manual_seed(config.seed)
-    trained = peft.inject(base.lm.model, config.peft)
+    num_labels = source.num_labels if config.method == "ft" else None
+    trained = inject(config, base, num_labels)
     number, total_number = (sum(p.numel() for p in group) for group in (trained.values(), base.lm.parameters()))
     out.line(
         f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "
@@ -96,40 +104,42 @@ def run(config: Config) -> dict[str, Any]:
         begin_results(config, output_dir, resumed)
     ranks.barrier()
     trainer = Trainer(base.lm, trained, config, ranks)
+    objective = source.objective(base, prepared, store)
 
-    def student(sets: list[QuestionSet], answers: bool) -> list[Scores]:
+    def progress() -> dict[str, float]:
         trainer.lm.eval()
-        return run_evaluation(config, base, sets, ranks, out, name="student", in_context=False, answers=answers)
-
-    def student_totals() -> dict[str, float]:
-        return total(student(prepared.evaluated, answers=False))
+        return source.progress(base, prepared, ranks, out)
 
     with clock.measure("train"):
         training = Training(
-            config, base, prepared, store, trainer, output_dir, student_totals, stop, ranks=ranks, out=out
+            config, base, prepared, objective, trainer, output_dir, progress, stop, ranks=ranks, out=out
         )
         history = training.run(resumed)
 
     tensors = trainer.trained_tensors()
     if ranks.is_first:  # before the evaluation, which may be stopped
-        peft.save_adapter(output_dir / "adapter", tensors, config.peft, base_model=base.path, model=base.lm.model)
+        peft.save_adapter(
+            output_dir / "adapter",
+            tensors,
+            config.peft,
+            base_model=base.path,
+            model=base.lm.model,
+            num_labels=num_labels,
+        )
     stop.state = f"stopped after training; the adapter is in {output_dir / 'adapter'}, its evaluation is missing"
     stop.deferred = False
 
-    with clock.measure("evaluate_student"):
-        after = {}
-        for name, sets in (("evaluated", prepared.evaluated), ("control", prepared.control)):
-            if sets:
-                after[name] = student(sets, answers=name == "evaluated")
-    summary = summarize(config, prepared, before, after, history)
+    with clock.measure("evaluate"):
+        trainer.lm.eval()
+        after = source.evaluate(base, prepared, ranks, out)
+    summary = source.summarize(base, prepared, before, after) | history
     if ranks.is_first:
         clock.seconds["total"] = time.monotonic() - began
         summary["seconds"] = {k: round(v, 3) for k, v in clock.seconds.items()}
         summary["peak_memory_bytes"] = peak_memory_bytes()
         summary["trained_parameters"] = number
-        write_json(output_dir / "summary.json", summary)
-        write_report(output_dir, config, summary)
-        out.show(before_after(summary))
+        source.report(output_dir, summary, after, out)
+        write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
         if tensors:
             out.line(f"adapter    {output_dir / 'adapter'}")
         out.line(f"report     {output_dir / 'report.html'}")
@@ -138,103 +148,10 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def run_evaluation(
-    config: Config,
-    base: Base,
-    sets: list[QuestionSet],
-    ranks: Ranks,
-    out: Reporter,
-    *,
-    name: str,
-    in_context: bool,
-    answers: bool = False,
-) -> list[Scores]:
-    count = sum(len(s.prompts) * (len(s.windows) if in_context else 1) for s in sets)
-    with out.phase(name, count, "questions") as phase:
-        if config.kind == "classification":
-            return evaluate_choices(
-                base.lm,
-                sets,
-                ranks,
-                in_context=in_context,
-                leading=base.text.leading,
-                batch_size=config.evaluate.batch_size,
-                score=config.icl.score,
-                advance=phase.advance,
-            )
-        return evaluate(
-            base.lm,
-            sets,
-            base.text,
-            ranks,
-            in_context=in_context,
-            batch_size=config.evaluate.batch_size,
-            max_new_tokens=config.evaluate.max_new_tokens if answers and config.evaluate.answers else None,
-            advance=phase.advance,
-        )
-
-
-def evaluate_base(
-    config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter
-) -> dict[str, dict[str, list[Scores]]]:
-    """Scores of the base without and with the context, for the evaluated and the control questions."""
-    scores: dict[str, dict[str, list[Scores]]] = {}
-    for name, sets in (("evaluated", prepared.evaluated), ("control", prepared.control)):
-        if sets:
-            # The control is a likelihood; answers are generated for the evaluated questions alone.
-            options = {"answers": name == "evaluated"}
-            scores[name] = {
-                "no_context": run_evaluation(
-                    config, base, sets, ranks, out, name="no context", in_context=False, **options
-                ),
-                "teacher": run_evaluation(
-                    config, base, sets, ranks, out, name="in context", in_context=True, **options
-                ),
-            }
-    return scores
-
-
-def summarize(
-    config: Config,
-    prepared: Prepared,
-    before: dict[str, dict[str, list[Scores]]],
-    after: dict[str, list[Scores]],
-    history: dict[str, Any],
-) -> dict[str, Any]:
-    """The final figures, for all documents together and one by one."""
-    summary: dict[str, Any] = {
-        "method": config.method,
-        "setting": config.queries.setting if config.kind == "documents" else "demonstrations",
-        "peft": config.peft.kind,
-        "model": config.model.name_or_path,
-        "nll_no_context": None,
-        "nll_teacher": None,
-        "nll_student": None,
-        "recovery": None,
-        "control_recovery": None,
-        **history,
-    }
-    if "evaluated" in before:
-        rows = {**before["evaluated"], "student": after["evaluated"]}
-        for name, scores in rows.items():
-            summary |= {f"{metric}_{name}": value for metric, value in total(scores).items()}
-        summary["recovery"] = recovery(summary["nll_no_context"], summary["nll_student"], summary["nll_teacher"])
-        if any(len(s.windows) > 1 for s in prepared.evaluated):
-            summary["nll_truncated"] = nll = truncated_nll(rows["teacher"])
-            summary["recovery_truncated"] = recovery(summary["nll_no_context"], nll, summary["nll_teacher"])
-        summary["documents"] = [
-            {
-                "id": s.document,
-                "questions": len(s.prompts),
-                **{f"nll_{name}": scores[i].nll_per_token for name, scores in rows.items()},
-                "recovery": recovery(*(rows[n][i].nll_per_token for n in ("no_context", "student", "teacher"))),
-            }
-            for i, s in enumerate(prepared.evaluated)
-        ]
-    if "control" in before:
-        rows = {**before["control"], "student": after["control"]}
-        control = {name: total(scores)["nll"] for name, scores in rows.items()}
-        summary |= {f"control_nll_{name}": value for name, value in control.items()}
-        summary["control_recovery"] = recovery(control["no_context"], control["student"], control["teacher"])
-        summary["control_documents"] = [s.document for s in prepared.control]
-    return summary
+def inject(config: Config, base: Base, num_labels: int | None) -> dict[str, nn.Parameter]:
+    """Make the configured parameters trainable, with a new head where num_labels are to be told apart."""
+    if num_labels is None:
+        return peft.inject(base.lm.model, config.peft)
+    weight = ft.replace_head(base.lm, num_labels)
+    trained = peft.inject(base.lm.model, config.peft)
+    return {**trained, f"{peft.head_name(base.lm.model)}.weight": weight.requires_grad_(True)}

@@ -13,16 +13,15 @@ import torch
 
 from fastft.config import Config
 from fastft.data.sequences import Batch, Sequence, batches
-from fastft.data.store import TeacherStore
 from fastft.distributed import Ranks
 from fastft.engine.base import Base, Prepared
+from fastft.engine.objective import Objective
 from fastft.engine.output import Metrics
 from fastft.engine.progress import Phase, Reporter, peak_memory_bytes
 from fastft.engine.stop import StopRequest
 from fastft.engine.trainer import NonFiniteStep, StepResult, Trainer, list_checkpoints
 from fastft.errors import Interrupted, NonFiniteLossError
-from fastft.methods import distill
-from fastft.methods.online import OnlineTeacher, sample_completions
+from fastft.methods.online import sample_completions
 from fastft.ops import raise_deferred_errors
 
 
@@ -30,14 +29,14 @@ from fastft.ops import raise_deferred_errors
 class Training:
     """The optimizer steps of a run, and what they work with.
 
-    store: the teacher's targets; None where distill.teacher=online computes them in each step.
-    evaluate: the student's scores, called every train.eval_every steps.
+    objective: what a step minimises.
+    evaluate: figures of what is trained, called every train.eval_every steps.
     """
 
     config: Config
     base: Base
     prepared: Prepared
-    store: TeacherStore | None
+    objective: Objective
     trainer: Trainer
     output_dir: Path
     evaluate: Callable[[], dict[str, float]]
@@ -46,8 +45,6 @@ class Training:
     out: Reporter
 
     def __post_init__(self):
-        lm, windows = self.trainer.lm, self.prepared.windows
-        self.online = OnlineTeacher(lm, windows, self.config.distill) if self.store is None else None
         self.sampled: dict[int, Sequence] = {}  # on-policy: what the student wrote for this step, by example
         self.last_line = 0
 
@@ -100,9 +97,9 @@ class Training:
         return {"steps": t.steps, "loss": loss, "resumed_from": first}
 
     def _plan(self) -> Iterator[list[Batch]]:
-        t, loss_on = self.config.train, self.config.distill.loss_on
+        t = self.config.train
         return batches(
-            [len(s.target_positions(loss_on)) for s in self.prepared.sequences],
+            [self.objective.count_targets(s) for s in self.prepared.sequences],
             steps=t.steps,
             batch_size=t.batch_size,
             micro_batches=t.micro_batches,
@@ -119,15 +116,13 @@ class Training:
             self.trainer.lm, sequences, examples, config, self.base.text, self.ranks, step=number
         )
         mine = [self.sampled.get(i, sequences[i]) for i in examples]
-        total = sum(self.ranks.gather(sum(len(s.target_positions(config.distill.loss_on)) for s in mine)))
+        total = sum(self.ranks.gather(sum(map(self.objective.count_targets, mine))))
         return [Batch(batch.examples, total) for batch in micro_batches]
 
     def _loss(self, examples: list[int]) -> torch.Tensor:
-        """The divergence summed over the target positions of these examples."""
-        engine, sequences, leading = self.trainer.engine, self.prepared.sequences, self.base.text.leading
-        if self.online is None:
-            return distill.loss_fn(engine, sequences, examples, self.store, self.config.distill, leading)
-        return self.online.loss_fn(engine, [self.sampled.get(i, sequences[i]) for i in examples], leading)
+        """The loss summed over the target positions of these examples."""
+        sequences = [self.sampled.get(i, self.prepared.sequences[i]) for i in examples]
+        return self.objective.loss_fn(self.trainer.engine, examples, sequences)
 
     def _step(self, number: int, micro_batches: list[Batch]) -> StepResult:
         """One optimizer step; raises NonFiniteLossError where loss or gradient are not finite."""
@@ -172,8 +167,8 @@ class Training:
         if culprits:
             s = self.prepared.sequences[culprits[0]]
             snippet = self.base.text.decode(list(s.token_ids))[:80]
-            document = self.prepared.windows[s.window].document
-            where = f"example {culprits[0]} ({s.kind}, document {document!r}: {snippet!r}...)"
+            of = f", document {self.prepared.windows[s.window].document!r}" if self.prepared.windows else ""
+            where = f"example {culprits[0]} ({s.kind}{of}: {snippet!r}...)"
         if finite and error.step > 1:
             self.trainer.save_checkpoint(error.step - 1, self.output_dir / "checkpoints")
         return NonFiniteLossError(

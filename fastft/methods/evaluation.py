@@ -13,7 +13,7 @@ import torch
 from fastft.data.sequences import Window
 from fastft.distributed import Ranks
 from fastft.models.attention import PackedSequences, Prefix
-from fastft.models.causal import PackedCausalLM
+from fastft.models.causal import HeadFn, PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
 from fastft.ops import linear_cross_entropy
@@ -40,7 +40,6 @@ class Scores:
     answer_tokens: int
     f1: float | None = None  # summed over questions; None if no answers were generated
     exact_match: float | None = None
-    accuracy: float | None = None  # choices only, of which each counts as one answer token
     questions: int = 0
     nll_first_window: float | None = None  # in context: with the document cut to its first window; the sum, as nll
 
@@ -56,18 +55,21 @@ def answer_nll(
     *,
     prefix: Prefix | None,
     leading: list[int],
+    also: HeadFn[None] | None = None,
 ) -> torch.Tensor:
     """-log p(answer | prefix, prompt) in nats for each answer of each (prompt, answers), float64 on the CPU.
 
     A prompt is computed once for all its answers, which branch off from it.
     leading: tokens in front of the prompt where there is no prefix (which has them already).
+    also: called with the hidden states of the prompts' last tokens and the head's weight.
     """
     leading = leading if prefix is None else []
-    ids, trunks, branches = [], [], []
+    ids, trunks, branches, ends = [], [], [], []
     rows, labels, sizes = [], [], []  # of every answer token: the position that predicts it, and its id
     for prompt, answers in questions:
         trunk, last = [*leading, *prompt], len(ids) + len(leading) + len(prompt) - 1
         ids += trunk
+        ends.append(last)
         for answer in answers:
             rows += [last, *range(len(ids), len(ids) + len(answer) - 1)]
             ids += answer[:-1]
@@ -79,11 +81,13 @@ def answer_nll(
     packed = PackedSequences(trunks, branches=branches, prefixes=groups, device=lm.device)
     at = torch.tensor(rows, device=lm.device)
     label = torch.tensor(labels, device=lm.device)
-    nll = lm(
-        torch.tensor(ids, device=lm.device)[None],
-        packed,
-        lambda hidden, weight: linear_cross_entropy(hidden[at], weight, label, reduction="none"),
-    )
+
+    def score(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if also is not None:
+            also(hidden[torch.tensor(ends, device=lm.device)], weight)
+        return linear_cross_entropy(hidden[at], weight, label, reduction="none")
+
+    nll = lm(torch.tensor(ids, device=lm.device)[None], packed, score)
     owner = torch.repeat_interleave(torch.tensor(sizes)).to(nll.device)
     return torch.zeros(len(sizes), dtype=torch.float64, device=nll.device).index_add_(0, owner, nll.double()).cpu()
 
@@ -170,22 +174,6 @@ def token_f1(answer: str, gold: str) -> float:
     return 2 * common / (len(a) + len(g))
 
 
-def accuracy(predicted: list[int], gold: list[int]) -> float:
-    return sum(p == g for p, g in zip(predicted, gold, strict=True)) / len(gold)
-
-
-def matthews_correlation(predicted: list[int], gold: list[int]) -> float:
-    """Matthews' correlation coefficient over any number of labels: 1 all right, 0 as good as one constant label.
-
-    (n c - sum_k p_k g_k) / sqrt((n^2 - sum_k p_k^2) (n^2 - sum_k g_k^2)) with c right of n and label counts p, g;
-    0 where one of the two is constant (Gorodkin 2004, doi 10.1016/j.compbiolchem.2004.09.006).
-    """
-    n, right = len(gold), sum(p == g for p, g in zip(predicted, gold, strict=True))
-    p, g = Counter(predicted), Counter(gold)
-    spread = (n * n - sum(v * v for v in p.values())) * (n * n - sum(v * v for v in g.values()))
-    return (n * right - sum(p[k] * g[k] for k in g)) / spread**0.5 if spread else 0.0
-
-
 def total(scores: list[Scores]) -> dict[str, float]:
     """Means over several documents: nll per gold-answer token, F1 and exact match per question."""
     tokens, questions = sum(s.answer_tokens for s in scores), sum(s.questions for s in scores)
@@ -193,8 +181,6 @@ def total(scores: list[Scores]) -> dict[str, float]:
     if scores[0].f1 is not None:
         means["f1"] = sum(s.f1 for s in scores) / questions
         means["exact_match"] = sum(s.exact_match for s in scores) / questions
-    if scores[0].accuracy is not None:
-        means["accuracy"] = sum(s.accuracy for s in scores) / questions
     return means
 
 

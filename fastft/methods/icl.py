@@ -4,19 +4,22 @@ The demonstrations are the same for every query. Their keys and values are compu
 one copy, packed without padding (`models.attention`). Labels that are single tokens are read off the last position of
 each query, from their own rows of the head; choices of several tokens branch off from their query and are compared by
 log-likelihood.
+
+A fine-tuned model answers in the same way, without demonstrations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fastft.data.sequences import Window, pack
+from fastft.data.sequences import pack
 from fastft.distributed import Ranks
 from fastft.errors import DataError
-from fastft.methods.evaluation import Advance, Scores, answer_nll
+from fastft.methods.evaluation import Advance, answer_nll
+from fastft.methods.metrics import Predictions
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
@@ -52,10 +55,9 @@ class Queries:
 
 @dataclass(frozen=True)
 class ChoiceSet(Queries):
-    """Evaluated examples behind one context, or without it."""
+    """The examples of a set with the numbers of their right choices."""
 
-    document: str  # name of the set
-    windows: list[Window]  # the demonstrations
+    name: str
     gold: list[int]
 
 
@@ -64,15 +66,59 @@ def encode_demonstrations(pattern: Pattern, demonstrations: list[Example], text:
     return (*text.leading, *text.encode(pattern.separator.join(map(pattern.demonstrate, demonstrations))))
 
 
-def encode_queries(pattern: Pattern, examples: list[Example], text: Text, *, behind_demonstrations: bool) -> Queries:
-    """The separator belongs to the query: at the end of the demonstrations a tokenizer would cut it otherwise."""
+def encode_queries(
+    pattern: Pattern, examples: list[Example], text: Text, *, behind_demonstrations: bool, score: str = "mean"
+) -> Queries:
+    """The separator belongs to the query: at the end of the demonstrations a tokenizer would cut it otherwise.
+
+    score: see icl.score; of "first", a choice is its first token alone. Raises DataError for label words that are then
+    the same.
+    """
     front = pattern.separator if behind_demonstrations else ""
     choices = [pattern.choices(example) for example in examples]
-    ids = {words: text.encode(words) for words in dict.fromkeys(words for own in choices for words in own)}
+    length = 1 if score == "first" else None
+    ids = {words: text.encode(words)[:length] for words in dict.fromkeys(words for own in choices for words in own)}
+    if pattern.verbalizer or score == "first":
+        for own in dict.fromkeys(map(tuple, choices)):
+            _check_distinct(own, [ids[words] for words in own], text, score)
     return Queries(
         text.encode_all([front + pattern.ask(example) for example in examples]),
         [[ids[words] for words in own] for own in choices],
     )
+
+
+def _check_distinct(words: tuple[str, ...], ids: list[list[int]], text: Text, score: str) -> None:
+    for i, own in enumerate(ids):
+        other = ids.index(own)
+        if other < i:
+            same = (
+                f"icl.score=first sees {text.decode_token(own[0])!r} of both"
+                if score == "first"
+                else "both are the same"
+            )
+            cure = "score them whole with icl.score=mean, or choose" if score == "first" else "choose"
+            raise DataError(
+                f"label words {words[other]!r} and {words[i]!r} cannot be told apart: {same}; {cure} other words with "
+                "data.verbalizer or data.pattern"
+            )
+
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+
+
+def content_free_examples(example: Example) -> list[Example]:
+    """Inputs that say nothing, with the fields of `example`."""
+    return [Example(dict.fromkeys(example.fields, text), label=0) for text in CONTENT_FREE]
+
+
+def calibrate(predictions: Predictions, content_free: Predictions) -> Predictions:
+    """Contextual calibration (Zhao et al. 2021, arXiv 2102.09690): p(label) / p_cf(label), normalised.
+
+    p_cf is the mean over content-free inputs behind the same demonstrations: what these make the model say by
+    themselves.
+    """
+    bias = content_free.log_probs.exp().mean(0).log()
+    return replace(predictions, log_probs=(predictions.log_probs - bias).log_softmax(-1))
 
 
 def check_room(
@@ -96,16 +142,45 @@ def check_room(
 @torch.no_grad()
 def label_logits(
     lm: PackedCausalLM, prompts: list[list[int]], labels: list[int], prefix: Prefix | None
-) -> torch.Tensor:
-    """Logits of the label tokens behind each prompt: float64 [B, labels] on the CPU.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Behind each prompt the label tokens' logits, float64 [B, labels], and the most likely token, [B]; on the CPU.
 
-    Of the head's weight [V, H] only the labels' rows are read, and of the hidden states the last of each prompt.
+    Of the hidden states only the last of each prompt is multiplied by the head's weight.
     """
     input_ids, lengths = pack(prompts, [], lm.device)
     last = torch.tensor(lengths, device=lm.device).cumsum(0) - 1
     rows = torch.tensor(labels, device=lm.device)
     packed = PackedSequences(lengths, prefixes=None if prefix is None else [(prefix, len(prompts))], device=lm.device)
-    return lm(input_ids, packed, lambda hidden, weight: hidden[last].double() @ weight[rows].double().t()).cpu()
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden[last]
+        return (hidden.double() @ weight[rows].double().t()).cpu(), most_likely_token(hidden, weight)
+
+    return lm(input_ids, packed, head)
+
+
+def most_likely_token(hidden: torch.Tensor, weight: torch.Tensor, chunk_tokens: int = 8192) -> torch.Tensor:
+    """argmax over the vocabulary, [B] on the CPU, of hidden [B, H] @ weight [V, H].T in float32 (float64 for float64).
+
+    In 16 bits the largest logits are often equal. At most chunk_tokens rows of the weight are converted at a time.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    hidden = hidden.to(dtype)
+    tops = [(hidden @ rows.to(dtype).t()).max(-1) for rows in weight.split(chunk_tokens)]
+    values = torch.stack([top.values for top in tops])
+    ids = torch.stack([top.indices + i * chunk_tokens for i, top in enumerate(tops)])
+    return ids.gather(0, values.argmax(0, keepdim=True))[0].cpu()
+
+
+def choice_nll(
+    lm: PackedCausalLM, questions: list[tuple[list[int], list[list[int]]]], prefix: Prefix | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`answer_nll` of each choice, one after the other, and the most likely token behind each prompt, [B]."""
+    tops = []
+    nll = answer_nll(
+        lm, questions, prefix=prefix, leading=[], also=lambda ends, weight: tops.append(most_likely_token(ends, weight))
+    )
+    return nll, tops[0]
 
 
 def classify(
@@ -117,8 +192,8 @@ def classify(
     batch_size: int,
     score: str = "mean",
     advance: Advance = lambda n: None,
-) -> torch.Tensor:
-    """log p of each choice among the choices of its example: float64 [N, C], -inf past an example's own choices.
+) -> Predictions:
+    """log p of each choice among the choices of its example.
 
     The score of a choice, to which a softmax over the choices is applied, is its log-likelihood behind the prompt:
     summed over its tokens, or their mean (score). The batches are the same for any number of ranks.
@@ -128,45 +203,23 @@ def classify(
     jobs = [order[i : i + batch_size] for i in range(0, count, batch_size)]
     width = torch.tensor([len(own) for own in queries.choices])
     scores = torch.zeros(count, int(width.max()), dtype=torch.float64)
+    is_label = torch.zeros(count, dtype=torch.float64)
     labels = queries.labels
     for members, counts in ranks.lockstep(jobs):
         prompts = [queries.prompts[i] for i in members]
         if labels is not None:
-            found = list(label_logits(lm, prompts, labels, prefix))
+            found, tops = label_logits(lm, prompts, labels, prefix)
         else:
             choices = [queries.choices[i] for i in members]
-            nll = answer_nll(lm, list(zip(prompts, choices, strict=True)), prefix=prefix, leading=[])
+            nll, tops = choice_nll(lm, list(zip(prompts, choices, strict=True)), prefix)
             if score == "mean":
                 nll = nll / torch.tensor([len(c) for own in choices for c in own])
             found = (-nll).split([len(own) for own in choices])
         if counts:
-            for i, values in zip(members, found, strict=True):
+            for i, values, top in zip(members, found, tops.tolist(), strict=True):
                 scores[i, : len(values)] = values
+                is_label[i] = top in {choice[0] for choice in queries.choices[i]}
             advance(len(members))
-    scores = ranks.sum(scores).cpu()
+    scores, is_label = ranks.sum(scores).cpu(), ranks.sum(is_label).cpu()
     missing = torch.arange(scores.shape[1]) >= width[:, None]
-    return scores.masked_fill(missing, -torch.inf).log_softmax(-1)
-
-
-def evaluate_choices(
-    lm: PackedCausalLM,
-    sets: list[ChoiceSet],
-    ranks: Ranks,
-    *,
-    in_context: bool,
-    leading: list[int],
-    batch_size: int,
-    score: str,
-    advance: Advance,
-) -> list[Scores]:
-    """Of each set: -log p of the right choice among the choices (nats), and how often it is the most likely one."""
-    scores = []
-    for s in sets:
-        front = s.windows[0].token_ids if in_context else tuple(leading)
-        prefix = lm.encode_prefix(front) if front else None
-        log_probs = classify(lm, s, ranks, prefix=prefix, batch_size=batch_size, score=score, advance=advance)
-        gold = torch.tensor(s.gold)
-        nll = -log_probs.gather(1, gold[:, None]).sum().item()
-        right = (log_probs.argmax(-1) == gold).sum().item()
-        scores.append(Scores(nll, len(gold), accuracy=right, questions=len(gold)))
-    return scores
+    return Predictions(scores.masked_fill(missing, -torch.inf).log_softmax(-1), is_label > 0)

@@ -3,10 +3,16 @@
 lora    adapter_config.json + adapter_model.safetensors, as PEFT writes them: `PeftModel.from_pretrained(base, folder)`
 bitfit  biases.safetensors: every trained bias under its name in the base model, and bitfit_config.json
 full    the whole model, as `save_pretrained` writes it
+head    head.safetensors, the classification head alone
+
+A classification head (method=ft) is saved under transformers' name for it, `score.weight`: in PEFT's format as one of
+the `modules_to_save`, so that `AutoModelForSequenceClassification` and PEFT load it; in the other files beside the
+rest, for `model.load_state_dict(load_file(FILE), strict=False)`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -16,57 +22,96 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fastft.config import PeftConfig
 from fastft.errors import FastftError, ModelError
 
+CLASSIFICATION_HEAD = "score.weight"  # what transformers calls it in its sequence classifiers
+
 
 def save_adapter(
-    folder: Path, trained: dict[str, torch.Tensor], config: PeftConfig, *, base_model: str, model: PreTrainedModel
+    folder: Path,
+    trained: dict[str, torch.Tensor],
+    config: PeftConfig,
+    *,
+    base_model: str,
+    model: PreTrainedModel,
+    num_labels: int | None = None,
 ) -> None:
-    """Write the trained parameters (whole tensors by name in the model) below `folder`, each file atomically."""
+    """Write the trained parameters (whole tensors by name in the model) below `folder`, each file atomically.
+
+    num_labels: of a classifier, whose head stands in the place of the language-model head.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in trained.items()}
+    if num_labels is not None:
+        tensors[CLASSIFICATION_HEAD] = tensors.pop(f"{head_name(model)}.weight")
     if config.kind == "full":
-        model.save_pretrained(folder, state_dict=tensors)
+        whole = model if num_labels is None else _empty_classifier(model, num_labels)
+        whole.save_pretrained(folder, state_dict=tensors)
+        return
+    if config.kind == "head":
+        _write_tensors(folder / "head.safetensors", tensors)
+        described = {"kind": "head", "base_model_name_or_path": base_model, "num_labels": num_labels}
+        _write_json(folder / "head_config.json", described)
         return
     if config.kind == "bitfit":
         _write_tensors(folder / "biases.safetensors", tensors)
         described = {"kind": "bitfit", "base_model_name_or_path": base_model, "add_biases": config.add_biases}
         _write_json(folder / "bitfit_config.json", described)
         return
-    targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
+    targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name})
     _write_tensors(
-        folder / "adapter_model.safetensors", {f"base_model.model.{name}.weight": t for name, t in tensors.items()}
+        folder / "adapter_model.safetensors",
+        {f"base_model.model.{name.removesuffix('.weight')}.weight": t for name, t in tensors.items()},
     )
     described = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if num_labels is None else "SEQ_CLS",
         "base_model_name_or_path": base_model,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "target_modules": targets if config.target_modules == "all-linear" else config.target_modules,
         "lora_dropout": 0.0,
         "bias": "none",
+        "modules_to_save": None if num_labels is None else [CLASSIFICATION_HEAD.removesuffix(".weight")],
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     _write_json(folder / "adapter_config.json", described)
 
 
+def head_name(model: PreTrainedModel) -> str:
+    """The path of the head, be it the language model's or one in its place."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _empty_classifier(model: PreTrainedModel, num_labels: int) -> PreTrainedModel:
+    """transformers' sequence classifier of this architecture, without memory: what says how it is saved."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = num_labels
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+
+
 def load_biases(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """Put the biases of a BitFit run into its base model, in place; adds those that the base does not have."""
+    """Put the biases of a BitFit run, and its classification head where it has one, into its base model, in place.
+
+    Adds biases that the base does not have.
+    """
     path = Path(folder) / "biases.safetensors"
     if not path.is_file():
         raise ModelError(f"{path}: no such file; expected the adapter/ folder of a run with peft.kind=bitfit")
     modules = dict(model.named_modules())
     for name, value in load_file(path).items():
-        module = modules.get(name.rpartition(".")[0])
-        if module is None or (getattr(module, "bias", None) is not None and module.bias.shape != value.shape):
+        place, _, kind = name.rpartition(".")
+        module = modules.get(place)
+        there = getattr(module, kind, None)
+        if module is None or (there is not None and there.shape != value.shape):
             raise ModelError(f"{path}: {name} {list(value.shape)} does not fit {type(model).__name__}")
-        weight = module.weight
-        module.bias = nn.Parameter(value.to(weight), requires_grad=False)
+        setattr(module, kind, nn.Parameter(value.to(module.weight), requires_grad=False))
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastft.config import Config
 from fastft.report.plot import Level, as_file, line_plot
-from fastft.report.table import before_after_rows, number, sets_rows, sets_title
+from fastft.report.table import before_after_rows, group_rows, number, sets_rows, sets_title
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8884}
@@ -22,36 +22,24 @@ pre{background:#8881;padding:1rem;overflow-x:auto;border-radius:6px}
 """
 
 
+METHODS = {
+    "icl": "in-context learning",
+    "pbft": "pattern-based fine-tuning",
+    "ft": "fine-tuning with a classification head",
+    "distill": "context distillation",
+}
+
+
 def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
     """Write <folder>/report.html and its first plot as nll.svg, from the summary and <folder>/metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = [json.loads(line) for line in lines]
-    losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    heads, rows = before_after_rows(summary)
+    metrics = _read_metrics(folder)
     parts = [
         f"<h1>{_text(config.model.name_or_path)}: context distillation</h1>",
         f"<p>{_text(config.peft.kind)}, setting {_text(summary['setting'])}, "
         f"{summary['trained_parameters']:,} trained parameters, {summary['seconds']['total']:.0f} s.</p>",
-        _table(heads, rows) if rows else "<p>No questions: nothing was evaluated.</p>",
-        "<p>NLL: negative log-likelihood of the gold answers in nats per token, or of the right label among the "
-        "labels. Recovery: the share of the context's effect that the trained parameters hold; 0 learned nothing, 1 "
-        "equals the prompt. Control: the same for questions about other documents; near 0 means that this document was "
-        "learned, and not how answers look.</p>",
+        *_distillation(folder, summary, metrics),
+        *_training_loss(metrics, "KL, nats per position"),
     ]
-    if rows:
-        plot = nll_plot(summary, metrics)
-        (folder / "nll.svg").write_text(as_file(plot), encoding="utf-8")
-        parts += ["<h2>Unseen questions</h2>", plot]
-        if not any("evaluated_nll" in m for m in metrics):
-            parts.append(
-                "<p>Measured before and after training only; <code>train.eval_every=5</code> measures every fifth step "
-                "too.</p>"
-            )
-    parts.append("<h2>Training loss</h2>")
-    if len(losses) > 1:
-        parts.append(line_plot(losses, x_label="optimizer steps", y_label="KL, nats per position", from_zero=True))
-    else:
-        parts.append("<p>One step makes no plot.</p>")
     if len(summary.get("documents", [])) > 1:
         parts += [
             "<h2>Documents</h2>",
@@ -68,28 +56,73 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
                 ],
             ),
         ]
-    seconds = summary["seconds"]
-    parts += [
-        "<h2>Time</h2>",
-        _table(["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()]),
-        f"<h2>Configuration</h2><pre>{_text(config.dump())}</pre>",
-    ]
-    return _write_page(folder, config, parts)
+    return _write_page(folder, config, [*parts, *_time_and_configuration(config, summary)])
 
 
 def write_sets_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
-    """Write <folder>/report.html of a classification: accuracy on each set, time, configuration."""
+    """Write <folder>/report.html of a classification: figures of each set and group, training, time, configuration."""
+    metrics = _read_metrics(folder)
+    trained = f"; {summary['trained_parameters']:,} trained parameters" if metrics else ""
+    tokens = summary["inference_tokens_per_query"]
     parts = [
-        f"<h1>{_text(config.model.name_or_path)}: in-context learning</h1>",
-        f"<p>{_text(sets_title(summary))}; split {_text(summary['split'])}; the demonstrations take "
-        f"{summary['demonstration_tokens']:,} tokens.</p>",
+        f"<h1>{_text(config.model.name_or_path)}: {METHODS[summary['method']]}</h1>",
+        f"<p>{_text(sets_title(summary))}; split {_text(summary['split'])}; {tokens:,.0f} tokens per query"
+        f"{trained}.</p>",
         _table(*sets_rows(summary)),
-        "<p>Majority: the accuracy of always answering the set's most frequent label.</p>",
+        "<p>95 %: bootstrap interval of the accuracy over the examples. F1: mean over the labels. NLL: of the right "
+        "label among the labels, in nats. ECE: expected calibration error. No label: where the model's most likely "
+        "token begins no label. Majority: the accuracy of always answering the set's most frequent label.</p>",
+    ]
+    for name, figures in summary["sets"].items():
+        if "groups" in figures:
+            parts += [f"<h2>{_text(name)}</h2>", _table(*group_rows(figures, summary["labels"]))]
+    if "recovery" in summary:
+        parts += ["<h2>What the demonstrations teach</h2>", *_distillation(folder, summary, metrics)]
+    if metrics:
+        parts += _training_loss(metrics, "nats per target")
+    return _write_page(folder, config, [*parts, *_time_and_configuration(config, summary)])
+
+
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _distillation(folder: Path, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> list[str]:
+    """What of the context's effect is in the parameters: a table, and the plot that is also written as nll.svg."""
+    heads, rows = before_after_rows(summary)
+    parts = [
+        _table(heads, rows) if rows else "<p>No questions: nothing was evaluated.</p>",
+        "<p>NLL: negative log-likelihood of the gold answers in nats per token, or of the right label among the "
+        "labels. Recovery: the share of the context's effect that the trained parameters hold; 0 learned nothing, 1 "
+        "equals the prompt. Control: the same for questions about other documents; near 0 means that this document was "
+        "learned, and not how answers look.</p>",
+    ]
+    if rows:
+        plot = nll_plot(summary, metrics)
+        (folder / "nll.svg").write_text(as_file(plot), encoding="utf-8")
+        parts += ["<h2>Unseen questions</h2>", plot]
+        if not any("evaluated_nll" in m for m in metrics):
+            parts.append(
+                "<p>Measured before and after training only; <code>train.eval_every=5</code> measures every fifth step "
+                "too.</p>"
+            )
+    return parts
+
+
+def _training_loss(metrics: list[dict[str, Any]], y_label: str) -> list[str]:
+    losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    if len(losses) < 2:
+        return ["<h2>Training loss</h2>", "<p>One step makes no plot.</p>"]
+    return ["<h2>Training loss</h2>", line_plot(losses, x_label="optimizer steps", y_label=y_label, from_zero=True)]
+
+
+def _time_and_configuration(config: Config, summary: dict[str, Any]) -> list[str]:
+    return [
         "<h2>Time</h2>",
         _table(["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in summary["seconds"].items()]),
         f"<h2>Configuration</h2><pre>{_text(config.dump())}</pre>",
     ]
-    return _write_page(folder, config, parts)
 
 
 def _write_page(folder: Path, config: Config, parts: list[str]) -> Path:

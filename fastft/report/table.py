@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
@@ -47,34 +48,58 @@ def _starts_control(rows: list[list[str]], i: int) -> bool:
     return i < len(rows) and rows[i][0].startswith("control")
 
 
-def sets_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Column heads and a row for each evaluated set, as text."""
-    sets = summary["sets"]
-    with_mcc = any("mcc" in s for s in sets.values())
-    heads = ["set", "examples", "accuracy", *(["MCC"] if with_mcc else []), "majority", "seconds", "tokens/s"]
+SET_FIGURES = {
+    "accuracy": "accuracy",
+    "MCC": "mcc",
+    "F1": "macro_f1",
+    "NLL": "nll",
+    "ECE": "ece",
+    "no label": "non_label_fraction",
+    "majority": "majority",
+}
+PERCENTAGES = ("accuracy", "non_label_fraction", "majority")
+NARROW = ("accuracy", "MCC", "NLL", "no label", "majority")  # what a terminal of 80 columns has room for
+
+
+def sets_rows(summary: dict[str, Any], shown: Iterable[str] = SET_FIGURES) -> tuple[list[str], list[list[str]]]:
+    """Column heads and a row for each evaluated set, as text: the figures `shown`, and the accuracy's 95 % interval."""
+    heads = ["set", "n", *shown, "95 %"]
+    rows = []
+    for name, figures in summary["sets"].items():
+        keys = [SET_FIGURES[head] for head in shown]
+        values = [percent(figures[key]) if key in PERCENTAGES else number(figures[key]) for key in keys]
+        low, high = figures["intervals"]["accuracy"]
+        rows.append([name, f"{figures['examples']:,}", *values, f"{100 * low:.0f}-{100 * high:.0f}"])
+    for row in (heads, *rows):
+        row.insert(3, row.pop())  # the interval belongs behind the accuracy
+    return heads, rows
+
+
+def group_rows(figures: dict[str, Any], labels: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Column heads and a row for each group of a set's examples: accuracy overall and by label."""
+    labels = labels or [str(i) for i in range(len(figures["class_accuracy"]))]
+    heads = ["group", "examples", "accuracy", *(f"label {label}" for label in labels)]
     rows = [
-        [
-            name,
-            f"{s['examples']:,}",
-            percent(s["accuracy"]),
-            *([number(s.get("mcc"))] if with_mcc else []),
-            percent(s["majority"]),
-            f"{s['seconds']:.1f}",
-            f"{s['tokens_per_s']:,.0f}",
-        ]
-        for name, s in sets.items()
+        [f"{kind} {group}", f"{own['examples']:,}", percent(own["accuracy"]), *map(percent, own["class_accuracy"])]
+        for kind, groups in figures["groups"].items()
+        for group, own in groups.items()
     ]
     return heads, rows
 
 
 def sets_title(summary: dict[str, Any]) -> str:
-    shots = f"{summary['num_shots']} demonstrations of {summary['task']}"
+    method = summary["method"] + (f" {summary['peft']}" if summary["peft"] else "")
+    method += " calibrated" if summary.get("calibrated") else ""
+    shots = f"{summary['num_shots']} {'demonstrations' if summary['method'] == 'icl' else 'shots'} of {summary['task']}"
     balanced = ", balanced" if summary["balanced"] and summary["num_shots"] else ""
-    return f"{summary['model']}, {shots}{balanced}, pattern {summary['pattern']}, seed {summary['seed']}"
+    seeds = f"seed {summary['seed']}" + (
+        f", data seed {summary['data_seed']}" if summary["data_seed"] != summary["seed"] else ""
+    )
+    return f"{summary['model']}, {method}, {shots}{balanced}, pattern {summary['pattern']}, {seeds}"
 
 
 def sets_table(summary: dict[str, Any]) -> Table:
-    heads, rows = sets_rows(summary)
+    heads, rows = sets_rows(summary, NARROW)
     table = Table(title=sets_title(summary), title_justify="left")
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastft.config import DataConfig
 from fastft.errors import DataError
@@ -58,9 +59,30 @@ def select_tasks(config: DataConfig) -> list[ClassificationTask]:
 
 
 def select_pattern(config: DataConfig) -> tuple[str, Pattern]:
-    """The configured pattern of the configured task and its name; null is the task's first."""
+    """The configured pattern of the configured task and its name; null is the task's first.
+
+    Raises DataError for a pattern that there is not, and for words that do not cover the labels.
+    """
     patterns = CLASSIFICATION_TASKS[config.task].patterns
     name = config.pattern or next(iter(patterns))
     if name not in patterns:
         raise DataError(f"data.pattern={name}: {config.task} has {', '.join(patterns)}")
-    return name, patterns[name]
+    pattern = patterns[name]
+    if config.verbalizer is None:
+        return name, pattern
+    own, words = pattern.verbalizer, config.verbalizer
+    if not own:
+        raise DataError(
+            f"data.verbalizer={words}: the choices of data.pattern={name} are each example's own; remove it"
+        )
+    if len(words) < len(own):
+        raise DataError(
+            f"data.verbalizer={words} does not cover label {len(words)} of {config.task}, which is {own[len(words)]!r} "
+            f"in data.pattern={name}; expected {len(own)} words, in the order of {', '.join(map(repr, own))}"
+        )
+    if len(words) > len(own):
+        raise DataError(
+            f"data.verbalizer={words}: {config.task} has {len(own)} labels; expected {len(own)} words, in the order of "
+            f"{', '.join(map(repr, own))}"
+        )
+    return name, replace(pattern, verbalizer=tuple(words))

@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from fastft.errors import DataError
 from fastft.tasks.base import read_rows, text_field
@@ -18,11 +18,15 @@ from fastft.tasks.base import read_rows, text_field
 
 @dataclass(frozen=True)
 class Example:
-    """fields: what patterns fill in; label: index of the right choice; choices: its own, where labels are not words."""
+    """fields: what patterns fill in; label: index of the right choice; choices: its own, where labels are not words.
+
+    groups: what the example belongs to, for tables of each group's accuracy: kind of group -> its name.
+    """
 
     fields: dict[str, str]
     label: int
     choices: tuple[str, ...] = ()
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,6 @@ class ClassificationTask:
     patterns: name -> Pattern, the default first. Tasks that share this object have the same labels and fields: the
         demonstrations of one may stand in front of the queries of another.
     has_train: whether it has a train split; those without are evaluation sets of another distribution.
-    metric: what is reported beside accuracy; mcc is Matthews' correlation coefficient.
     """
 
     name: str
@@ -69,7 +72,6 @@ class ClassificationTask:
     hub: str | None = None
     hub_splits: dict[str, str] = field(default_factory=dict)
     has_train: bool = True
-    metric: Literal["accuracy", "mcc"] = "accuracy"
 
     def load(self, split: str, root: str | None) -> list[Example]:
         """The examples of a split, in its order; raises DataError where there are none or a row is malformed."""
@@ -80,21 +82,29 @@ class ClassificationTask:
         return examples
 
 
-def columns(names: dict[str, str], labels: dict[int, int]) -> Reader:
+NO_LABEL = "a split without labels cannot be used, choose another with data.split"
+
+
+def columns(names: dict[str, str], labels: dict[int, int | None], groups: tuple[str, ...] = ()) -> Reader:
     """A reader of rows with texts and an integer `label`.
 
-    names: field -> column. labels: label in the file -> label here; rows with other labels from 0 on are left out.
+    names: field -> column. labels: label in the file -> label here, or None to leave the row out. groups: columns that
+    say which groups a row belongs to.
     """
+    expected = ", ".join(map(str, labels))
 
     def read(row: dict[str, Any], place: str) -> Example | None:
-        label = row.get("label")
-        if not isinstance(label, int) or label < 0:
-            raise DataError(f"{place}: 'label' is {label!r}, expected a label; is this split labelled?")
-        if label not in labels:
+        if "label" not in row:
+            raise DataError(f"{place}: missing 'label'; found {', '.join(map(repr, row)) or 'nothing'}; {NO_LABEL}")
+        label = row["label"]
+        if not isinstance(label, int) or label not in labels:
+            unlabelled = f"; {NO_LABEL}" if label in (-1, None) else ""
+            raise DataError(f"{place}: 'label' is {label!r}, expected {expected}{unlabelled}")
+        if labels[label] is None:
             return None
         # Some pairs of QQP have an empty side.
         texts = {key: text_field(row, column, place, may_be_empty=True) for key, column in names.items()}
-        return Example(texts, labels[label])
+        return Example(texts, labels[label], groups={column: text_field(row, column, place) for column in groups})
 
     return read
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastft.errors import DataError
 from fastft.tasks.base import text_field
-from fastft.tasks.classification import ClassificationTask, Example, Pattern
+from fastft.tasks.classification import NO_LABEL, ClassificationTask, Example, Pattern
 
 LETTERS = ("A", "B", "C", "D", "E")
 PATTERNS = {
@@ -27,7 +27,7 @@ def read(row: dict[str, Any], place: str) -> Example:
     if not isinstance(choices, dict) or tuple(choices.get("label", ())) != LETTERS or len(choices["text"]) != 5:
         raise DataError(f"{place}: 'choices' is {choices!r}, expected {{label: {list(LETTERS)}, text: [five strings]}}")
     if row.get("answerKey") not in LETTERS:
-        raise DataError(f"{place}: 'answerKey' is {row.get('answerKey')!r}, expected a letter; is this split labelled?")
+        raise DataError(f"{place}: 'answerKey' is {row.get('answerKey')!r}, expected a letter; {NO_LABEL}")
     texts = dict(zip(LETTERS, choices["text"], strict=True))
     texts = {x: text_field(texts, x, f"{place}: choices") for x in LETTERS}
     fields = {"question": text_field(row, "question", place), **texts}

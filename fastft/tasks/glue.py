@@ -38,21 +38,26 @@ ACCEPTABILITY = {
 SENTENCES = {"text1": "sentence1", "text2": "sentence2"}
 PREMISE = {"text1": "premise", "text2": "hypothesis"}
 QUESTIONS = {"text1": "question1", "text2": "question2"}
+SENTENCE = {"text1": "sentence"}
 TWO, THREE = {0: 0, 1: 1}, {0: 0, 1: 1, 2: 2}
+WITHOUT_NEUTRAL = {0: 0, 1: None, 2: 1}
 GLUE, MATCHED = "nyu-mll/glue", {"validation": "validation_matched"}
 
 TASKS = [
     ClassificationTask("rte", columns(SENTENCES, TWO), ENTAILMENT, "rte", f"{GLUE}:rte"),
     ClassificationTask("mnli", columns(PREMISE, THREE), ENTAILMENT_OR_NEUTRAL, "mnli", f"{GLUE}:mnli", MATCHED),
     # Mosbach et al. leave out the neutral pairs, so that HANS has the same two labels.
-    ClassificationTask("mnli_binary", columns(PREMISE, {0: 0, 2: 1}), ENTAILMENT, "mnli", f"{GLUE}:mnli", MATCHED),
-    ClassificationTask("hans", columns(PREMISE, TWO), ENTAILMENT, "hans", "jhu-cogsci/hans", has_train=False),
+    ClassificationTask("mnli_binary", columns(PREMISE, WITHOUT_NEUTRAL), ENTAILMENT, "mnli", f"{GLUE}:mnli", MATCHED),
+    ClassificationTask(
+        "hans",
+        columns(PREMISE, TWO, groups=("heuristic", "subcase")),
+        ENTAILMENT,
+        "hans",
+        "jhu-cogsci/hans",
+        has_train=False,
+    ),
     ClassificationTask("qqp", columns(QUESTIONS, TWO), PARAPHRASE, "qqp", f"{GLUE}:qqp"),
     ClassificationTask("paws_qqp", columns(SENTENCES, TWO), PARAPHRASE, "paws_qqp", has_train=False),
-    ClassificationTask(
-        "cola", columns({"text1": "sentence"}, TWO), ACCEPTABILITY, "cola", f"{GLUE}:cola", metric="mcc"
-    ),
-    ClassificationTask(
-        "cola_ood", columns({"text1": "sentence"}, TWO), ACCEPTABILITY, "cola_ood", has_train=False, metric="mcc"
-    ),
+    ClassificationTask("cola", columns(SENTENCE, TWO), ACCEPTABILITY, "cola", f"{GLUE}:cola"),
+    ClassificationTask("cola_ood", columns(SENTENCE, TWO), ACCEPTABILITY, "cola_ood", has_train=False),
 ]

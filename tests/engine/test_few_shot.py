@@ -11,7 +11,7 @@ import torch
 from fastft.config import validate
 from fastft.distributed import Ranks
 from fastft.engine.base import load_base
-from fastft.engine.few_shot import FewShot
+from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.progress import Reporter
 from tests.conftest import losses
 from tests.engine.test_icl_run import ok, write
@@ -73,9 +73,9 @@ def test_the_context_scores_as_in_context_learning_does(few_shot_config, launch,
 
 def test_inputs_are_not_the_demonstrations(few_shot_config):
     config = validate(few_shot_config(distill={"examples": None}))
-    few_shot = FewShot.load(config)
+    few_shot = Demonstrations.load(config)
     prepared = few_shot.prepare(load_base(config, Ranks()), Ranks(), Reporter(enabled=False))
-    distinct = {tuple(sorted(e.fields.items())) for e in few_shot.demonstrations}
+    distinct = {tuple(sorted(e.fields.items())) for e in few_shot.shots}
     rest = [e for e in few_shot.train if tuple(sorted(e.fields.items())) not in distinct]
     assert len(prepared.sequences) == len(rest) < len(few_shot.train)
     assert all(s.completion == () and len(s.target_positions("completion")) == 1 for s in prepared.sequences)

@@ -14,10 +14,10 @@ from fastft.cli import main
 FACTS = ["The mill was built by Tessa Bray.", "The ferry carries one goat.", "The bell was cast from anchors."]
 
 
-def write(folder: Path, split: str, first: str, second: str, count: int) -> None:
+def write(folder: Path, split: str, first: str, second: str, count: int, **columns) -> None:
     folder.mkdir(exist_ok=True)
     texts = [(f"{FACTS[i % 3]} {FACTS[i % 2]}"[: 20 + i], FACTS[i % 3]) for i in range(count)]
-    rows = [{first: a, second: b, "label": i % 2} for i, (a, b) in enumerate(texts)]
+    rows = [{first: a, second: b, "label": i % 2, **columns} for i, (a, b) in enumerate(texts)]
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -25,7 +25,7 @@ def write(folder: Path, split: str, first: str, second: str, count: int) -> None
 def icl_config(tmp_path, tiny):
     write(tmp_path / "rte", "train", "sentence1", "sentence2", 20)
     write(tmp_path / "rte", "validation", "sentence1", "sentence2", 11)
-    write(tmp_path / "hans", "validation", "premise", "hypothesis", 6)
+    write(tmp_path / "hans", "validation", "premise", "hypothesis", 6, heuristic="overlap", subcase="swap")
 
     def make(kind: str = "llama", **sections) -> dict:
         return {
@@ -106,6 +106,22 @@ def test_fewer_examples_and_no_demonstrations(icl_config, launch):
     assert len(rows) == 10
 
 
+def test_a_calibrated_run(icl_config, launch, tmp_path):
+    found = {}
+    for calibrate in (False, True):
+        raw = icl_config(icl={"num_shots": 4, "calibrate": calibrate})
+        raw["output_dir"] = str(tmp_path / str(calibrate))
+        done = launch(raw)
+        ok(done)
+        assert ("icl calibrated, 4 demonstrations" in done.stdout) == calibrate
+        found[calibrate] = figures(raw["output_dir"])
+    # The same factor between the two labels for every example, of both sets.
+    odds = [[row["log_probs"][0] - row["log_probs"][1] for row in rows] for _, rows in found.values()]
+    shift = [b - a for a, b in zip(*odds, strict=True)]
+    assert shift == pytest.approx([shift[0]] * 17) and abs(shift[0]) > 1e-3
+    assert found[True][0]["nll"] != found[False][0]["nll"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -113,7 +129,6 @@ def test_fewer_examples_and_no_demonstrations(icl_config, launch):
         ({"icl": {"num_shots": 3}}, "cannot be balanced over 2 labels; use 2 or 4"),
         ({"train": {"steps": 3}}, "method=icl with data.task=rte does not use train; remove"),
         ({"data": {"task": "narrativeqa"}}, "method=icl needs a classification task, got data.task=narrativeqa"),
-        ({"method": "distill"}, "method=distill with data.task=rte does not use data.ood"),
     ],
 )
 def test_what_cannot_be_right_is_refused(icl_config, launch, changes, message):

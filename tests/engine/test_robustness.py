@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from fastft.engine import run
+from fastft.engine.documents import Documents
 from tests.conftest import ROOT, clean_environment, losses
 from tests.engine.test_run import ok
 
@@ -109,14 +109,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message(base_config, launch,
 
 
 def test_stopping_the_last_evaluation_does_not_lose_the_adapter(base_config, launch, monkeypatch):
-    evaluate = run.run_evaluation
-
-    def stop(*arguments, name, **options):
-        if name == "student":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments, name=name, **options)
-
-    monkeypatch.setattr(run, "run_evaluation", stop)
+    monkeypatch.setattr(Documents, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     raw = base_config()
     result = launch(raw)
     adapter = Path(raw["output_dir"]) / "adapter"

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 from fastft.distributed import Ranks
 from fastft.errors import DataError
 from fastft.methods import icl
-from fastft.methods.evaluation import accuracy, matthews_correlation
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
 from fastft.models.text import Text
@@ -55,6 +54,10 @@ def test_scores_equal_transformers(pair, shared, score, choices):
     assert (queries.labels is None) == (len(choices[0][0]) > 1)
     prefix = ours.encode_prefix(shared) if shared else None
     found = icl.classify(ours, queries, Ranks(), prefix=prefix, batch_size=2, score=score)
+    for i, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
+        top = theirs(torch.tensor([[*shared, *prompt]])).logits[0, -1].argmax().item()
+        assert found.is_label[i] == (top in [choice[0] for choice in own])
+    found = found.log_probs
     for values, prompt, own in zip(found, prompts, choices, strict=True):
         parts = [log_likelihood(theirs, [*shared, *prompt], choice) for choice in own]
         scores = torch.stack([p.mean() if score == "mean" else p.sum() for p in parts])
@@ -68,12 +71,11 @@ def test_label_words_and_likelihoods_agree(pair):
     ours, _ = pair
     queries = icl.Queries([[45, 6, 11], [8], [5, 5]], [[[7], [8]]] * 3)
     prefix = ours.encode_prefix((0, 9, 17))
-    found = icl.classify(ours, queries, Ranks(), prefix=prefix, batch_size=8)
+    found = icl.classify(ours, queries, Ranks(), prefix=prefix, batch_size=8).log_probs
     mixed = icl.Queries([*queries.prompts, [3]], [*queries.choices, [[7, 8], [9]]])
     assert mixed.labels is None
-    torch.testing.assert_close(
-        icl.classify(ours, mixed, Ranks(), prefix=prefix, batch_size=8)[:3], found, rtol=1e-5, atol=1e-6
-    )
+    by_likelihood = icl.classify(ours, mixed, Ranks(), prefix=prefix, batch_size=8).log_probs[:3]
+    torch.testing.assert_close(by_likelihood, found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_shots", [0, 2])
@@ -98,11 +100,16 @@ def test_a_prompt_that_is_too_long_says_how_many_shots_fit():
         icl.check_room((0,) * 89, queries, 20, iter([(2, 30), (0, 1)]))
 
 
-def test_metrics():
-    gold = [0, 1, 1, 0, 1, 1, 0, 1]
-    predicted = [0, 1, 0, 0, 1, 1, 1, 1]
-    assert accuracy(predicted, gold) == 0.75
-    pearson = torch.corrcoef(torch.tensor([gold, predicted]).double())[0, 1].item()  # the same for two labels
-    assert matthews_correlation(predicted, gold) == pytest.approx(pearson)
-    assert matthews_correlation([1] * 8, gold) == 0.0
-    assert matthews_correlation([0, 1, 2, 2], [0, 1, 2, 2]) == 1.0
+def test_calibration_makes_content_free_inputs_undecided(pair):
+    """p / p_cf: the mean content-free input comes out uniform, and probabilities stay in proportion."""
+    ours, _ = pair
+    queries = icl.Queries([[45, 6, 11], [8], [5, 5]], [[[7], [8], [9]]] * 3)
+    found = icl.classify(ours, queries, Ranks(), prefix=None, batch_size=2)
+    one = icl.classify(ours, icl.Queries([[8]], queries.choices[:1]), Ranks(), prefix=None, batch_size=2)
+    undecided = icl.calibrate(one, one).log_probs.exp()
+    torch.testing.assert_close(undecided, torch.full((1, 3), 1 / 3, dtype=torch.float64))
+    bias = found.log_probs.exp().mean(0)
+    expected = found.log_probs.exp() / bias
+    calibrated = icl.calibrate(found, found)
+    torch.testing.assert_close(calibrated.log_probs.exp(), expected / expected.sum(-1, keepdim=True))
+    assert torch.equal(calibrated.is_label, found.is_label)

@@ -1,0 +1,138 @@
+"""The shots as demonstrations in front of every query: in-context learning, and what its distillation starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastft.data.sequences import Sequence, Window
+from fastft.data.store import TeacherStore
+from fastft.distributed import Ranks
+from fastft.engine.base import Base, Prepared
+from fastft.engine.few_shot import Answers, FewShot, draw
+from fastft.engine.objective import Objective, distillation
+from fastft.engine.progress import Reporter
+from fastft.errors import DataError
+from fastft.methods import distill, icl
+from fastft.methods.evaluation import recovery
+from fastft.models import loading
+from fastft.models.attention import Prefix
+from fastft.models.causal import PackedCausalLM
+from fastft.models.text import Text
+from fastft.report import before_after
+from fastft.tasks import Example
+
+
+@dataclass(frozen=True)
+class Demonstrations(FewShot):
+    """The shots are one context, the same for all queries."""
+
+    def encode_context(self, text: Text) -> tuple[int, ...]:
+        return icl.encode_demonstrations(self.pattern, self.shots, text)
+
+    def encode(self, examples: list[Example], text: Text, positions: int | None) -> icl.Queries:
+        """The examples' queries; raises DataError where the longest does not fit behind the demonstrations."""
+        shown = len(self.shots)
+        queries = icl.encode_queries(
+            self.pattern, examples, text, behind_demonstrations=shown > 0, score=self.config.icl.score
+        )
+        step = self.num_labels if self.config.icl.balanced else 1
+        fewer = (
+            (k, len(icl.encode_demonstrations(self.pattern, self.sample(k), text)))
+            for k in range(shown - step, -1, -step)
+        )
+        icl.check_room(self.encode_context(text), queries, positions, fewer)
+        return queries
+
+    def calibrate(
+        self, lm: PackedCausalLM, answers: Answers, text: Text, ranks: Ranks, *, prefix: Prefix | None
+    ) -> Answers:
+        """The answers, contextually calibrated behind the demonstrations in `prefix`.
+
+        Raises DataError where the choices are each example's own, which content-free inputs do not have.
+        """
+        if not self.pattern.verbalizer:
+            raise DataError(
+                f"icl.calibrate: the choices of data.pattern={self.pattern_name} are each example's own, which a "
+                "content-free input does not have; set icl.calibrate=false or choose a pattern with label words"
+            )
+        examples = icl.content_free_examples(self.asked[self.task][0])
+        queries = self.encode(examples, text, loading.max_positions(lm.model))
+        size, score = self.config.evaluate.batch_size, self.config.icl.score
+        content_free = icl.classify(lm, queries, ranks, prefix=prefix, batch_size=size, score=score)
+        return {
+            name: replace(answered, predictions=icl.calibrate(answered.predictions, content_free))
+            for name, answered in answers.items()
+        }
+
+    def describe(self, prepared: Prepared) -> str:
+        tokens = len(prepared.windows[0].token_ids)
+        return f"{len(self.shots)} demonstrations of {self.task} in one context of {tokens:,} tokens"
+
+    def prepare(self, base: Base, ranks: Ranks, out: Reporter) -> Prepared:
+        """For distillation: one context, which are the demonstrations, and unlabelled inputs to match it on.
+
+        A sequence is a query as it stands behind the demonstrations. Its only completion position is the last, which
+        predicts the label (distill.loss_on=completion); distill.loss_on=all matches every position of the query.
+        """
+        config, text = self.config, base.text
+        positions = loading.max_positions(base.lm.model)
+        window = Window(self.task, "", self.encode_context(text))
+        unseen = [e for e in self.train if e not in self.shots]
+        inputs = self.encode(draw(unseen, config.distill.examples, config.data_seed), text, positions)
+        longest, sampled = max(map(len, inputs.prompts)), distill.sampled_tokens(config.distill)
+        if positions is not None and len(window.token_ids) + longest + sampled > positions:
+            raise DataError(
+                f"{len(window.token_ids)} tokens of demonstrations, {longest} of an input and distill.on_policy_tokens="
+                f"{sampled} are more than the model's {positions} positions; lower icl.num_shots or "
+                "distill.on_policy_tokens"
+            )
+        return Prepared(
+            windows=[window],
+            sequences=[Sequence(0, "input", tuple(prompt), ()) for prompt in inputs.prompts],
+            evaluated=self.encode_sets(text, positions),
+            control=[],
+        )
+
+    def objective(self, base: Base, prepared: Prepared, store: TeacherStore | None) -> Objective:
+        return distillation(self.config, base, prepared, store)
+
+    def evaluate_base(self, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter) -> dict[str, Answers]:
+        """What the base says without and with the demonstrations."""
+        contexts = {"no_context": tuple(base.text.leading), "teacher": prepared.windows[0].token_ids}
+        return {
+            name: self.answer(
+                base.lm,
+                prepared.evaluated,
+                ranks,
+                out,
+                prefix=base.lm.encode_prefix(context) if context else None,
+                phase="in context" if name == "teacher" else "no context",
+            )
+            for name, context in contexts.items()
+        }
+
+    def summarize(self, base: Base, prepared: Prepared, before: dict[str, Answers], after: Answers) -> dict[str, Any]:
+        """sets: the student's figures; sets_no_context, sets_teacher: the base's; recovery on the task's own set."""
+        leading = len(base.text.leading)
+        contexts = {"no_context": leading, "teacher": len(prepared.windows[0].token_ids)}
+        sets = {name: self.figures(before[name], tokens) for name, tokens in contexts.items()}
+        sets["student"] = self.figures(after, leading)
+        own = {name: figures[self.task] for name, figures in sets.items()}
+        nll = {name: figures["nll"] for name, figures in own.items()}
+        return {
+            **self.summary(sets["student"]),
+            "setting": "demonstrations",
+            **{f"nll_{name}": value for name, value in nll.items()},
+            **{f"accuracy_{name}": figures["accuracy"] for name, figures in own.items()},
+            "recovery": recovery(nll["no_context"], nll["student"], nll["teacher"]),
+            "control_recovery": None,
+            "sets_no_context": sets["no_context"],
+            "sets_teacher": sets["teacher"],
+        }
+
+    def report(self, folder: Path, summary: dict[str, Any], answers: Answers, out: Reporter) -> None:
+        if "recovery" in summary:
+            out.show(before_after(summary))
+        super().report(folder, summary, answers, out)

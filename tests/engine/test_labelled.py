@@ -1,0 +1,327 @@
+"""Runs of pattern-based and vanilla fine-tuning, and of all methods side by side, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastft.config import validate
+from fastft.engine.demonstrations import Demonstrations
+from fastft.engine.labelled import Labelled
+from fastft.errors import Interrupted
+from tests.conftest import clean_environment, losses
+from tests.engine.test_icl_run import figures, ok, write
+
+METHODS = ("icl", "pbft", "ft", "distill")
+
+
+@pytest.fixture
+def labelled_config(tmp_path, tiny):
+    write(tmp_path / "rte", "train", "sentence1", "sentence2", 20)
+    write(tmp_path / "rte", "validation", "sentence1", "sentence2", 11)
+    write(tmp_path / "hans", "validation", "premise", "hypothesis", 6, heuristic="overlap", subcase="swap")
+
+    def make(method: str, kind: str = "llama", **sections) -> dict:
+        raw = {
+            "method": method,
+            "output_dir": str(tmp_path / f"run-{method}"),
+            "cache_dir": str(tmp_path / "cache"),
+            "model": {"name_or_path": str(tiny(kind)), "dtype": "float32"},
+            "data": {"task": "rte", "root": str(tmp_path), "ood": ["hans"]},
+            "icl": {"num_shots": 4},
+            "peft": {"kind": "lora", "r": 4},
+            "train": {"steps": 6, "batch_size": 3, "lr": 1e-2, "warmup_steps": 1, "log_every": 1},
+            "evaluate": {"batch_size": 4},
+            "deepspeed": {"zero_stage": 0, "threads_per_rank": 1},
+        }
+        for section, values in sections.items():
+            raw[section] = {**raw.get(section, {}), **values}
+        if method == "icl":
+            del raw["peft"], raw["train"]
+        if method == "distill":
+            raw["distill"] = {"examples": 8}
+        return raw
+
+    return make
+
+
+def test_all_methods_say_the_same_things(labelled_config, launch):
+    """One config shape; the same figures under the same names for each evaluated set, and the same kinds of costs."""
+    summaries = {}
+    for method in METHODS:
+        raw = labelled_config(method)
+        done = launch(raw)
+        ok(done)
+        summary, rows = figures(raw["output_dir"])
+        for name, own in summary["sets"].items():
+            asked = [row for row in rows if row["set"] == name]
+            assert own["examples"] == len(asked)
+            assert own["accuracy"] == sum(r["predicted"] == r["label"] for r in asked) / len(asked)
+            assert own["nll"] == pytest.approx(-sum(r["log_probs"][r["label"]] for r in asked) / len(asked))
+            assert own["non_label_fraction"] == pytest.approx(sum(not r["is_label"] for r in asked) / len(asked))
+        assert summary["sets"]["hans"]["groups"]["heuristic"]["overlap"]["examples"] == 6
+        assert "heuristic overlap" in (Path(raw["output_dir"]) / "report.html").read_text()
+        summaries[method] = summary
+    common = set.intersection(*map(set, summaries.values()))
+    assert common == set(summaries["pbft"]) - {"steps", "loss", "resumed_from"}
+    for key in ("mcc", "macro_f1", "ece", "seconds", "peak_memory_bytes", "trained_parameters", "data_seed"):
+        assert key in common
+    for name in ("rte", "hans"):
+        keys = [set(summary["sets"][name]) for summary in summaries.values()]
+        assert all(own == keys[0] for own in keys)
+    assert set(summaries["distill"]["sets_teacher"]) == set(summaries["distill"]["sets_no_context"]) == {"rte", "hans"}
+    # The student's teacher is in-context learning; in-context learning alone pays for its demonstrations at each query.
+    assert summaries["distill"]["sets_teacher"]["hans"]["nll"] == pytest.approx(summaries["icl"]["sets"]["hans"]["nll"])
+    tokens = {method: summary["inference_tokens_per_query"] for method, summary in summaries.items()}
+    assert tokens["icl"] > 2 * max(tokens["pbft"], tokens["ft"], tokens["distill"])
+    assert summaries["icl"]["trained_parameters"] == 0
+    assert summaries["ft"]["trained_parameters"] == summaries["pbft"]["trained_parameters"] + 2 * 32
+
+
+def test_all_methods_draw_the_same_examples(labelled_config):
+    """By task, data seed, num_shots and balanced; the model's seed does not matter."""
+
+    def draw(method: str, **data):
+        config = validate({**labelled_config(method, data=data), "seed": 5})
+        source = (Labelled if method in ("pbft", "ft") else Demonstrations).load(config)
+        return source.shots, source.asked
+
+    expected = draw("icl")
+    assert all(draw(method) == expected for method in METHODS)
+    assert all(draw(method, seed=5) == expected for method in METHODS)
+    others = [draw(method, seed=1) for method in METHODS]
+    assert all(other == others[0] for other in others) and others[0][0] != expected[0]
+
+
+def test_the_model_is_trained_from_its_own_seed(labelled_config, launch, tmp_path):
+    found = []
+    for seeds in ({"seed": 0}, {"seed": 1, "data": {"seed": 0}}, {"seed": 1, "data": {"seed": 1}}):
+        raw = labelled_config("ft", data=seeds.get("data", {}))
+        raw |= {"seed": seeds["seed"], "output_dir": str(tmp_path / f"run-{len(found)}")}
+        ok(launch(raw))
+        found.append((losses(Path(raw["output_dir"])), figures(raw["output_dir"])[0]))
+    assert found[0][0] != found[1][0] != found[2][0]
+    assert [(s["seed"], s["data_seed"]) for _, s in found] == [(0, 0), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("method", "sections"),
+    [
+        ("pbft", {}),
+        ("pbft", {"pbft": {"loss_over": "labels"}}),
+        ("pbft", {"data": {"verbalizer": ["Tessa Bray", "nine"]}, "pbft": {"loss_over": "labels"}}),
+        ("pbft", {"data": {"verbalizer": ["built by anchors", "nine"]}, "icl": {"score": "first"}}),
+        ("ft", {}),
+    ],
+    ids=["vocabulary", "labels", "labels of several tokens", "first tokens", "head"],
+)
+def test_it_learns(labelled_config, launch, method, sections):
+    raw = labelled_config(method, **sections, train={"steps": 40, "batch_size": 4, "eval_every": 20})
+    done = launch(raw)
+    ok(done)
+    folder = Path(raw["output_dir"])
+    assert "4 labelled examples of rte; 4 labelled sequences" in done.stdout
+    found = losses(folder)
+    assert sum(found[-4:]) < 0.7 * sum(found[:4])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sum("evaluated_accuracy" in row for row in rows) == 1
+    assert not (Path(raw["cache_dir"]) / "teacher").exists()
+
+
+CASES = [
+    ("pbft", "llama", {}),
+    ("pbft", "llama", {"peft": {"kind": "full"}, "data": {"verbalizer": ["Tessa Bray", "nine"]}}),
+    (
+        "pbft",
+        "opt",
+        {
+            "peft": {"kind": "full"},
+            "data": {"verbalizer": ["Tessa Bray", "nine"]},
+            "pbft": {"loss_over": "labels"},
+        },
+    ),
+    ("pbft", "opt", {"peft": {"kind": "bitfit"}, "pbft": {"loss_over": "labels"}}),
+    ("ft", "llama", {}),
+    ("ft", "llama", {"peft": {"kind": "full"}}),
+    ("ft", "opt", {"peft": {"kind": "bitfit"}}),
+    ("ft", "opt", {"peft": {"kind": "head"}}),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "sections"), CASES)
+def test_zero_stages_agree(labelled_config, launch, tmp_path, method, kind, sections):
+    """Parameters, losses and log-probabilities on one process: ZeRO-0 to 3, the last with parameters on the host."""
+    reference = None
+    for stage, offload in ((0, "none"), (1, "none"), (2, "none"), (3, "cpu")):
+        raw = labelled_config(method, kind, **sections, train={"steps": 4, "micro_batches": 2})
+        raw["deepspeed"] |= {"zero_stage": stage, "offload_param": offload}
+        raw["output_dir"] = str(tmp_path / f"run-{stage}-{offload}")
+        ok(launch(raw))
+        found = _numbers(raw["output_dir"])
+        reference = reference if reference is not None else found
+        torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "kind", "sections"), [CASES[0], CASES[2], CASES[5]])
+def test_two_processes_agree_with_one(labelled_config, launch, tmp_path, method, kind, sections):
+    found = []
+    for processes, stage in ((1, 0), (2, 3)):
+        raw = labelled_config(method, kind, **sections, train={"steps": 4, "batch_size": 3})
+        raw["deepspeed"] |= {"zero_stage": stage}
+        raw["output_dir"] = str(tmp_path / f"run-{processes}")
+        ok(launch(raw, processes=processes))
+        found.append(_numbers(raw["output_dir"]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+
+
+def _numbers(folder: str) -> torch.Tensor:
+    rows = figures(folder)[1]
+    return torch.tensor([*losses(Path(folder)), *(p for row in rows for p in row["log_probs"])])
+
+
+@pytest.mark.parametrize("method", ["pbft", "ft"])
+def test_a_stopped_run_goes_on_with_the_same_numbers(labelled_config, launch, tmp_path, monkeypatch, method):
+    raw = labelled_config(method, train={"save_every": 3, "steps": 6})
+    straight = {**raw, "output_dir": str(tmp_path / "straight")}
+    ok(launch(straight))
+
+    def stop(*_):
+        raise Interrupted("stopped", 15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Labelled, "evaluate", stop)
+        assert launch(raw).returncode == 128 + 15
+    checkpoints = Path(raw["output_dir"]) / "checkpoints"
+    assert [p.name for p in checkpoints.iterdir()] == ["step_3"]
+    ok(launch(raw, "resume=auto"))
+    assert losses(Path(raw["output_dir"])) == losses(Path(straight["output_dir"]))
+    assert figures(raw["output_dir"])[1] == figures(straight["output_dir"])[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "peft"), [("llama", "lora"), ("opt", "lora"), ("opt", "bitfit"), ("opt", "full"), ("llama", "head")]
+)
+def test_a_classifier_loads_without_fastft(labelled_config, launch, tmp_path, tiny, kind, peft):
+    """transformers' sequence classifier (and PEFT) with the adapter's files gives the run's predictions."""
+    raw = labelled_config("ft", kind, peft={"kind": peft}, deepspeed={"zero_stage": 3})
+    ok(launch(raw))
+    texts = [
+        f"{row['sentence1'].strip()} {row['sentence2'].strip()} ?"
+        for row in map(json.loads, (tmp_path / "rte" / "validation.jsonl").read_text().splitlines())
+    ]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    base, adapter = str(tiny(kind)), f"{raw['output_dir']}/adapter"
+    load = {
+        "lora": f"PeftModel.from_pretrained(classifier({base!r}), {adapter!r})",
+        "bitfit": f"with_tensors({base!r}, {adapter + '/biases.safetensors'!r})",
+        "head": f"with_tensors({base!r}, {adapter + '/head.safetensors'!r})",
+        "full": f"classifier({adapter!r})",
+    }
+    script = f"""
+import json, sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def classifier(path):
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=torch.float32)
+def with_tensors(path, file):
+    model, tensors = classifier(path), load_file(file)
+    unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
+    assert not unknown and "score.weight" in tensors, unknown
+    return model
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+model = {load[peft]}.eval()
+with torch.no_grad():
+    found = [model(torch.tensor([tokenizer(text).input_ids])).logits[0].log_softmax(-1).tolist()
+             for text in json.load(open({str(tmp_path / "texts.json")!r}))]
+assert not any(m.split(".")[0] == "fastft" for m in sys.modules)
+print(json.dumps(found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = [row["log_probs"] for row in figures(raw["output_dir"])[1] if row["set"] == "rte"]
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
+    from transformers import AutoModelForSequenceClassification
+
+    from fastft.peft.files import load_biases
+
+    raw = labelled_config("ft", "llama", peft={"kind": "bitfit", "add_biases": True})
+    ok(launch(raw))
+    model = AutoModelForSequenceClassification.from_pretrained(tiny("llama"), num_labels=2, dtype=torch.float32)
+    before = model.score.weight.detach().clone()
+    load_biases(model, Path(raw["output_dir"]) / "adapter")
+    assert not torch.equal(before, model.score.weight) and model.model.layers[0].mlp.up_proj.bias is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("pbft", {"icl": {"num_shots": 0}}, "nothing to train on; use 1 or more"),
+        ("pbft", {"icl": {"num_shots": 3}}, "cannot be balanced over 2 labels; use 2 or 4"),
+        ("pbft", {"peft": {"kind": "head"}}, "peft.kind=head trains the classification head of method=ft"),
+        ("ft", {"pbft": {"loss_over": "labels"}}, "method=ft with data.task=rte does not use pbft"),
+        ("ft", {"icl": {"score": "sum"}}, "does not use icl.score"),
+        ("pbft", {"distill": {"examples": 3}}, "method=pbft with data.task=rte does not use distill"),
+        ("pbft", {"data": {"task": "narrativeqa"}}, "method=pbft needs a classification task"),
+        (
+            "pbft",
+            {"data": {"verbalizer": ["Yes"]}},
+            r"does not cover label 1 of rte, which is 'No' in .*expected 2 words",
+        ),
+        ("pbft", {"data": {"verbalizer": ["Yes", "No", "So"]}}, "rte has 2 labels; expected 2 words"),
+        ("pbft", {"data": {"verbalizer": ["Yes", "Yes"]}}, "cannot be told apart: both are the same"),
+        (
+            "pbft",
+            {"data": {"verbalizer": ["built by anchors", "built nine"]}, "icl": {"score": "first"}},
+            r"icl.score=first sees .* of both; score them whole with icl.score=mean",
+        ),
+        ("pbft", {"data": {"split": "test"}}, "rte/test.jsonl:1: 'label' is -1, expected 0, 1; a split without labels"),
+        ("ft", {"data": {"split": "other"}}, "missing 'label'; found 'sentence1', 'sentence2'; a split without labels"),
+        ("ft", {"data": {"split": "odd"}}, "'label' is 2, expected 0, 1"),
+        (
+            "pbft",
+            {"data": {"split": "long"}},
+            r"the longest example of rte takes \d+ tokens with its label, but the model has 512",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_refused(labelled_config, launch, tmp_path, method, changes, message):
+    pair = {"sentence1": "A goat.", "sentence2": "A mill."}
+    rows = {"test": {**pair, "label": -1}, "other": pair, "odd": {**pair, "label": 2}}
+    rows["long"] = {**pair, "sentence1": "goat " * 600, "label": 0}
+    for split, row in rows.items():
+        (tmp_path / "rte" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    changes = {**changes, "data": {"ood": [], **changes.get("data", {})}}
+    result = launch(labelled_config(method, **changes))
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+
+
+def test_a_head_needs_labels_of_the_task(labelled_config, launch, tmp_path):
+    row = {"question": "Where?", "choices": {"label": list("ABCDE"), "text": list("vwxyz")}, "answerKey": "B"}
+    (tmp_path / "commonsense_qa").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "commonsense_qa" / f"{split}.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    task = {"data": {"task": "commonsense_qa", "ood": []}, "icl": {"num_shots": 2, "balanced": False}}
+    refused = launch(labelled_config("ft", **task))
+    assert refused.returncode == 1 and "use method=pbft, or data.pattern=letters" in refused.stderr
+    ok(launch(labelled_config("pbft", **task)))
+    task["data"]["pattern"] = "letters"
+    ok(launch(labelled_config("ft", **task)))
