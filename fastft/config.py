@@ -46,6 +46,11 @@ class ModelConfig(Section):
         False,
         description="take only config and tokenizer from name_or_path and draw the weights from the seed",
     )
+    dropout: bool = Field(
+        False,
+        description="train with the dropout in the model's config (OPT, GPT-2: 0.1), whose masks differ with the "
+        "number of processes and after a resume; false: none",
+    )
     attention: Literal["auto", "fa3", "fa4", "fa2", "varlen", "sdpa"] = Field(
         "auto",
         description="attention over packed sequences on a GPU: flash-attn 3, 4 or 2, or torch's own varlen_attn, all "

@@ -52,6 +52,7 @@ def load_base(config: Config, ranks: Ranks) -> Base:
         path,
         dtype=m.dtype,
         attention=m.attention,
+        dropout=m.dropout,
         revision=m.revision,
         trust_remote_code=m.trust_remote_code,
         random_weights=m.random_weights,

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastft.errors import ModelError
@@ -91,6 +92,7 @@ def load_model(
     *,
     dtype: str,
     attention: str = "auto",
+    dropout: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     random_weights: bool = False,
@@ -98,7 +100,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model in eval mode with the packed attention of `models.attention`, all weights frozen.
 
-    attention: who computes it on a GPU, see `flash.select`.
+    attention: who computes it on a GPU, see `flash.select`. dropout: keep the model's own for training.
     """
     torch_dtype = getattr(torch, dtype)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -130,7 +132,24 @@ def load_model(
                 "fused losses do not do"
             )
     model.set_attn_implementation(implementation(attention))
+    if not dropout:
+        remove_dropout(model)
     return model.eval().requires_grad_(False)
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Set every dropout of the modules to zero, their config as it was.
+
+    Modules hold it as nn.Dropout or as a number that they pass on (`dropout`, `attention_dropout`, `layerdrop`).
+    """
+    for module in model.modules():
+        rates = ["p"] if isinstance(module, nn.Dropout) else [n for n, v in vars(module).items() if _is_rate(n, v)]
+        for name in rates:
+            setattr(module, name, 0.0)
+
+
+def _is_rate(name: str, value: object) -> bool:
+    return "drop" in name and isinstance(value, float)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, path: str) -> None:

@@ -74,6 +74,23 @@ def test_processes_and_zero_stages_agree(base_config, launch, tmp_path):
             assert found[1][key] == pytest.approx(reference[1][key], rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_dropout_of_the_model_is_used_only_where_asked_for(base_config, launch, tmp_path, family):
+    """At lora_B = 0 torch's random numbers reach the first loss through dropout alone (the models' is 0.1)."""
+    found = {}
+    for dropout in (False, True):
+        for seed_of_torch in (0, 1):
+            raw = base_config(family, train={"steps": 1})
+            raw["model"]["dropout"], raw["output_dir"] = dropout, str(tmp_path / f"{dropout}-{seed_of_torch}")
+            with pytest.MonkeyPatch.context() as patch:
+                seed = torch.manual_seed
+                patch.setattr(torch, "manual_seed", lambda n, s=seed_of_torch, f=seed: f(n + s))
+                ok(launch(raw))
+            found[dropout, seed_of_torch] = losses(Path(raw["output_dir"]))[0]
+    assert found[False, 0] == found[False, 1]
+    assert abs(found[True, 0] - found[True, 1]) > 1e-4 * found[False, 0]
+
+
 def test_zero_3_trains_the_upper_layers_alone(base_config, launch, tmp_path):
     """Nothing below the first trained layer needs a gradient, whose hooks DeepSpeed waits for."""
     found = []
