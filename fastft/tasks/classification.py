@@ -35,14 +35,17 @@ class Pattern:
 
     verbalizer: the words of each label, in the order of the labels; empty where the choices are the example's own.
     separator: what stands between demonstrations and in front of the query.
+    sentences: fields that get a full stop where they do not end with one.
     """
 
     query: str
     verbalizer: tuple[str, ...] = ()
     separator: str = "\n\n"
+    sentences: tuple[str, ...] = ()
 
     def ask(self, example: Example) -> str:
-        return self.query.format(**example.fields)
+        sentences = {key: example.fields[key].removesuffix(".") + "." for key in self.sentences}
+        return self.query.format(**example.fields | sentences)
 
     def choices(self, example: Example) -> list[str]:
         """The texts that may follow the query, in the order of the labels."""

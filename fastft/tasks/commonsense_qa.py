@@ -1,7 +1,7 @@
 """CommonsenseQA (Talmor et al. 2019, arXiv 1811.00937): a question with five choices of its own.
 
-`minimal` and `question` score the words of each choice behind the question, `letters` shows the choices and scores
-their letters.
+`minimal` and `question` score the words of each choice behind the question; `letters` shows the choices and scores
+their letters, as lm-evaluation-harness does.
 """
 
 from __future__ import annotations

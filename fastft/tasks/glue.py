@@ -6,6 +6,9 @@ CoLA: is a sentence acceptable?         CoLA-OOD: sentences of other publication
 
 Pairing and the patterns `minimal`, `gpt3` and `eval_harness` follow Mosbach et al. 2023 (aclanthology
 2023.findings-acl.779, code uds-lsv/llmft), with the space in front of the label word and not at the query's end.
+`lm_eval` is what lm-evaluation-harness 0.4 asks, character by character; the paper's `eval_harness` has a blank behind
+the premise of RTE, leaves MNLI's hypothesis without its full stop, and has QQP's question and answer in one line.
+benchmarks/compare_lm_eval.py compares prompts and likelihoods.
 """
 
 from __future__ import annotations
@@ -16,11 +19,17 @@ ENTAILMENT = {
     "minimal": Pattern("{text1} {text2} ?", ("Yes", "No")),
     "gpt3": Pattern("{text1} question: {text2} Yes or No? answer:", ("Yes", "No")),
     "eval_harness": Pattern("{text1} \nQuestion: {text2} True or False?\nAnswer:", ("True", "False")),
+    "lm_eval": Pattern("{text1}\nQuestion: {text2} True or False?\nAnswer:", ("True", "False")),
 }
 ENTAILMENT_OR_NEUTRAL = {
     "minimal": Pattern("{text1} {text2} ?", ("Yes", "Maybe", "No")),
     "eval_harness": Pattern(
         "{text1}\nQuestion: {text2} True, False or Neither?\nAnswer:", ("True", "Neither", "False")
+    ),
+    "lm_eval": Pattern(
+        "{text1}\nQuestion: {text2} True, False or Neither?\nAnswer:",
+        ("True", "Neither", "False"),
+        sentences=("text2",),
     ),
 }
 PARAPHRASE = {
@@ -29,10 +38,15 @@ PARAPHRASE = {
         "Question 1: {text1}\nQuestion 2: {text2}\nQuestion: Do both questions ask the same thing? Answer:",
         ("No", "Yes"),
     ),
+    "lm_eval": Pattern(
+        "Question 1: {text1}\nQuestion 2: {text2}\nQuestion: Do both questions ask the same thing?\nAnswer:",
+        ("no", "yes"),
+    ),
 }
 ACCEPTABILITY = {
     "minimal": Pattern("{text1} ?", ("No", "Yes"), separator=" "),
     "gpt3": Pattern("grammatical: {text1} Yes or No? answer:", ("No", "Yes")),
+    "lm_eval": Pattern("{text1}\nQuestion: Does this sentence make sense?\nAnswer:", ("no", "yes")),
 }
 
 SENTENCES = {"text1": "sentence1", "text2": "sentence2"}
