@@ -12,9 +12,10 @@ demonstrations. In float32, compared are
     log p         of each choice, summed over its tokens (`icl.choice_nll`): the largest difference
     normalised    log p among the choices (`icl.classify` with icl.score=sum): the largest difference
     predictions   the most likely choice
-    accuracy      the harness's `acc`; and its `acc_norm` beside icl.score=mean, which divide by characters and by tokens
+    accuracy      the harness's `acc`; and its `acc_norm`, which divides by characters, beside icl.score=mean, by tokens
 
-The last task is CommonsenseQA with the words of its choices, several tokens each, defined as the harness defines ARC.
+CommonsenseQA is asked twice: as the harness does, by letters, and with the words of its choices, several tokens each,
+which is how the harness defines ARC.
 Exits with 1 where a prompt differs, a difference is above --tolerance, or a prediction differs that is no tie.
 """
 
@@ -25,12 +26,15 @@ import json
 import random
 import sys
 from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import torch
 from datasets import Dataset
+from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -63,7 +67,6 @@ DEFINITIONS = [
     Definition("rte", "lm_eval", "glue/rte/default.yaml", {}),
     Definition("cola", "lm_eval", "glue/cola/default.yaml", {}),
     Definition("mnli", "lm_eval", "glue/mnli/default.yaml", {}),
-    Definition("qqp", "lm_eval", "glue/qqp/default.yaml", {}),
     Definition("commonsense_qa", "letters", "commonsense_qa/default.yaml", {}),
     Definition(
         "commonsense_qa",
@@ -75,6 +78,7 @@ DEFINITIONS = [
             "doc_to_target": "{{choices.label.index(answerKey)}}",
         },
     ),
+    Definition("qqp", "lm_eval", "glue/qqp/default.yaml", {}),
 ]
 
 
@@ -91,7 +95,10 @@ class Sample:
 
 def load(task: str, split: str) -> Sample:
     t = CLASSIFICATION_TASKS[task]
-    pairs = [(row, t.read(row, place)) for place, row in read_rows(None, t.folder, split, hub=t.hub, hub_split=split)]
+    pairs = [
+        (row, t.read(row, place))
+        for place, row in read_rows(None, t.folder, split, hub=t.hub, hub_split=t.hub_splits.get(split))
+    ]
     return Sample([row for row, _ in pairs], [example for _, example in pairs])
 
 
@@ -116,7 +123,7 @@ def pad(rows: list[list[float]]) -> torch.Tensor:
     return pad_sequence(tensors, batch_first=True, padding_value=-torch.inf)
 
 
-def harness(lm: HFLM, definition: Definition, shots: Sample, asked: Sample) -> Scores:
+def harness(lm: LM, definition: Definition, shots: Sample, asked: Sample) -> Scores:
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / definition.file, resolve_func=True)
     splits = {config["training_split"]: shots.rows, config["validation_split"]: asked.rows}
     # Without demonstrations the train split still has to be there.
@@ -148,12 +155,16 @@ def harness(lm: HFLM, definition: Definition, shots: Sample, asked: Sample) -> S
 CONVENTIONS = {"acc": "sum", "acc_norm": "mean"}  # the harness's metric: what comes closest in icl.score
 
 
+def write(pattern: Pattern, shots: list[Example], asked: list[Example]) -> list[list[tuple[str, str]]]:
+    """Of each example that is asked, (context, continuation) of each choice."""
+    front = "".join(pattern.demonstrate(shot) + pattern.separator for shot in shots)
+    return [[(front + pattern.ask(example), words) for words in pattern.choices(example)] for example in asked]
+
+
 def ours(
     lm: PackedCausalLM, text: Text, pattern: Pattern, shots: Sample, asked: Sample, batch: int
 ) -> tuple[Scores, torch.Tensor]:
     """Scores, and log p among the choices by icl.classify with icl.score=sum."""
-    front = "".join(pattern.demonstrate(shot) + pattern.separator for shot in shots.examples)
-    prompts = [[(front + pattern.ask(e), words) for words in pattern.choices(e)] for e in asked.examples]
     shared = icl.encode_demonstrations(pattern, shots.examples, text)
     prefix = lm.encode_prefix(shared) if shared else None
     queries = icl.encode_queries(pattern, asked.examples, text, behind_demonstrations=bool(shots.examples))
@@ -169,7 +180,7 @@ def ours(
         predictions = icl.classify(lm, queries, Ranks(), prefix=prefix, batch_size=batch, score=score)
         accuracy[name] = (predictions.labels == gold).double().mean().item()
         normalised[name] = predictions.log_probs
-    return Scores(prompts, pad(rows), accuracy), normalised["acc"]
+    return Scores(write(pattern, shots.examples, asked.examples), pad(rows), accuracy), normalised["acc"]
 
 
 @dataclass(frozen=True)
@@ -241,6 +252,11 @@ def main() -> int:
     reference = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=a.batch)
     lm, text = PackedCausalLM(loading.load_model(path, dtype="float32").to(a.device)), Text(tokenizer)
 
+    about = {
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers")},
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(a).items() if name != "json"},
+    }
     print(f"| task | pattern | shots | n | prompts | log p | normalised | predictions | {' | '.join(HEADINGS)} |")
     print("|" + " --- |" * (8 + len(HEADINGS)))
     rows = []
@@ -258,9 +274,8 @@ def main() -> int:
             cut = sum(row != stripped(row) for row in asked.rows)
             rows.append(compare(definition, theirs, own, normalised, shots=num_shots, stripped=cut))
             show(rows[-1])
-    if a.json:
-        versions = {"lm_eval": lm_eval.__version__, "torch": torch.__version__}
-        a.json.write_text(json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=1))
+            if a.json:
+                a.json.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     failed = [row for row in rows if not row.agrees(a.tolerance)]
     for row in failed:
         print(f"compare_lm_eval: {row.task}, {row.pattern}, {row.shots} shots: {row}", file=sys.stderr)
