@@ -214,6 +214,9 @@ class IclConfig(Section):
         "teacher of distill), or what is trained on (pbft, ft)",
     )
     balanced: bool = Field(True, description="as many of them of each label")
+    sampling: Literal["fastft", "llmft"] = Field(
+        "fastft", description="who draws them from the train split: fastft, or numpy as in uds-lsv/llmft"
+    )
     score: Literal["mean", "sum", "first"] = Field(
         "mean",
         description="choices of several tokens: mean or sum of their tokens' log-likelihoods, or the first token's "
@@ -298,10 +301,40 @@ class PeftConfig(Section):
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="lora: names of linear modules, or all-linear (all but the head)"
     )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        {}, description="lora: lora_alpha of the modules that a name fits, as in PEFT"
+    )
+    activation: Literal["none", "relu"] = Field(
+        "none", description="lora: between lora_A and lora_B; relu makes it a parallel adapter, as in uds-lsv/llmft"
+    )
+    adapter_biases: bool = Field(
+        False, description="lora: a bias behind lora_A and one behind lora_B, as in uds-lsv/llmft"
+    )
     lora_plus_ratio: PositiveFloat = Field(
         1.0, description="lora: learning rate of lora_B over that of lora_A (LoRA+, arXiv 2402.12354); 1: the same"
     )
     add_biases: bool = Field(False, description="bitfit: add zero biases to linear layers of a model that has none")
+    train_embeddings: bool = Field(
+        False, description="lora, bitfit: train the token and position embeddings and the head too, as in uds-lsv/llmft"
+    )
+
+    @model_validator(mode="after")
+    def _used(self):
+        needed = {
+            "alpha_pattern": ("lora",),
+            "activation": ("lora",),
+            "adapter_biases": ("lora",),
+            "train_embeddings": ("lora", "bitfit"),
+        }
+        for key, kinds in needed.items():
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for kind={' or '.join(kinds)}, got kind={self.kind}; remove it")
+        return self
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether PEFT's format, or BitFit's, can hold what is trained."""
+        return self.activation == "none" and not self.adapter_biases and not self.train_embeddings
 
 
 class TrainConfig(Section):
@@ -418,6 +451,15 @@ class Config(Section):
             raise ValueError(
                 "distill.teacher=online computes the teacher from the frozen base, which peft.kind=full does not keep; "
                 "use distill.teacher=stored"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_has_a_head(self):
+        if self.method == "distill" and self.peft.train_embeddings:
+            raise ValueError(
+                "peft.train_embeddings=true would change the head through which the teacher's hidden states are read; "
+                "remove it, or use method=pbft or ft"
             )
         return self
 

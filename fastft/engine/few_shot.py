@@ -38,7 +38,7 @@ Answers = dict[str, Answered]  # by set
 
 @dataclass(frozen=True)
 class FewShot(ABC):
-    """The examples of a run. For one task, data seed, num_shots and balanced they are the same for every method:
+    """The examples of a run. For one task, data seed, num_shots, balanced and sampling every method has the same:
     in-context learning shows the shots, distillation shows them to its teacher, fine-tuning trains on them.
     """
 
@@ -70,7 +70,14 @@ class FewShot(ABC):
 
     def sample(self, num_shots: int) -> list[Example]:
         c = self.config
-        return sample_demonstrations(self.train, num_shots, self.num_labels, balanced=c.icl.balanced, seed=c.data_seed)
+        return sample_demonstrations(
+            self.train,
+            num_shots,
+            self.num_labels,
+            balanced=c.icl.balanced,
+            seed=c.data_seed,
+            sampling=c.icl.sampling,
+        )
 
     @abstractmethod
     def encode(self, examples: list[Example], text: Text, positions: int | None) -> icl.Queries:

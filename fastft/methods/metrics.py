@@ -15,7 +15,7 @@ import torch
 from fastft.tasks import Example
 
 BINS = 15
-FIGURES = ("accuracy", "mcc", "macro_f1", "non_label_fraction", "nll", "ece", "majority")
+FIGURES = ("accuracy", "vocabulary_accuracy", "mcc", "macro_f1", "non_label_fraction", "nll", "ece", "majority")
 RESAMPLES = 1000
 INTERVAL = (0.025, 0.975)  # 95 %, between percentiles of the resamples (Efron and Tibshirani 1993)
 RESAMPLED_AT_ONCE = 2**22  # counts in memory
@@ -44,6 +44,7 @@ def measure(predictions: Predictions, gold: list[int], *, resamples: int = RESAM
     mcc                   Matthews' correlation coefficient over any number of labels: 1 all right, 0 no better than one
                           constant label (Gorodkin 2004, doi 10.1016/j.compbiolchem.2004.09.006)
     non_label_fraction    where the most likely token of the vocabulary begins none of the choices
+    vocabulary_accuracy   accuracy where those count as wrong: for labels of one token, that of the most likely token
     nll                   -log p(right label | choices), nats
     ece                   expected calibration error, sum_b n_b / n |accuracy_b - confidence_b| over 15 bins of
                           equal width of the predicted label's probability (Guo et al. 2017, arXiv 1706.04599)
@@ -73,7 +74,8 @@ def measure(predictions: Predictions, gold: list[int], *, resamples: int = RESAM
 
 
 def _features(predictions: Predictions, gold: torch.Tensor) -> torch.Tensor:
-    """[N, C * C + 2 + BINS]: cell of the confusion matrix, no label, nll, (right - confidence) in its bin."""
+    """[N, C * C + 3 + BINS]: cell of the confusion matrix, no label, right and a label, nll, and in its bin
+    (right - confidence)."""
     log_probs, labels = predictions.log_probs, predictions.labels
     count, num_labels = log_probs.shape
     cell = torch.zeros(count, num_labels**2, dtype=torch.float64)
@@ -83,14 +85,16 @@ def _features(predictions: Predictions, gold: torch.Tensor) -> torch.Tensor:
     gaps = torch.zeros(count, BINS, dtype=torch.float64)
     place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)  # bins (b / BINS, (b + 1) / BINS]
     gaps.scatter_(1, place[:, None], ((labels == gold).double() - confidence)[:, None])
-    return torch.cat([cell, (~predictions.is_label)[:, None].double(), nll, gaps], 1)
+    is_label = predictions.is_label
+    counted = torch.stack([~is_label, is_label & (labels == gold)], 1).double()
+    return torch.cat([cell, counted, nll, gaps], 1)
 
 
 def _figures(sums: torch.Tensor, num_labels: int) -> dict[str, torch.Tensor]:
     """Sums of the features over R samples of the examples, [R, features] -> each figure [R]."""
     confusion = sums[:, : num_labels**2].view(-1, num_labels, num_labels)  # gold, predicted
-    non_label, nll = sums[:, num_labels**2 : num_labels**2 + 2].unbind(1)
-    gaps = sums[:, num_labels**2 + 2 :]
+    non_label, right_label, nll = sums[:, num_labels**2 : num_labels**2 + 3].unbind(1)
+    gaps = sums[:, num_labels**2 + 3 :]
     right, gold, predicted = confusion.diagonal(dim1=1, dim2=2), confusion.sum(2), confusion.sum(1)
     n, hits = gold.sum(1), right.sum(1)
     spread = (n**2 - predicted.square().sum(1)) * (n**2 - gold.square().sum(1))
@@ -98,6 +102,7 @@ def _figures(sums: torch.Tensor, num_labels: int) -> dict[str, torch.Tensor]:
     f1 = 2 * right / (gold + predicted)  # nan for a label that does not occur
     return {
         "accuracy": hits / n,
+        "vocabulary_accuracy": right_label / n,
         "mcc": torch.where(spread > 0, covariance / spread.sqrt(), 0.0),
         "macro_f1": f1.nanmean(1),
         "non_label_fraction": non_label / n,

@@ -32,7 +32,7 @@ def build_optimizer(
     ]
     kind = config.optimizer
     if kind == "auto":
-        kind = "bias_adamw" if peft.kind == "bitfit" else "adamw"
+        kind = "bias_adamw" if peft.kind == "bitfit" and not peft.train_embeddings else "adamw"
     if kind == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     if kind in ("bias_adamw", "bias_adamw_8bit"):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.config import PeftConfig
+from fastft.errors import ModelError
 from fastft.peft import bitfit, lora
-from fastft.peft.files import head_name, save_adapter
+from fastft.peft.files import head_name, read_trained, save_adapter
 from fastft.peft.switch import adapter_off
 
-__all__ = ["adapter_off", "bitfit", "head_name", "inject", "lora", "save_adapter"]
+__all__ = ["adapter_off", "bitfit", "head_name", "inject", "load_trained", "lora", "save_adapter"]
 
 
 def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter]:
@@ -19,10 +24,49 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter
     Raises ModelError where the model has nothing of the kind asked for.
     """
     if config.kind == "lora":
-        return lora.inject(model, r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules)
-    if config.kind == "bitfit":
-        return bitfit.inject(model, add_biases=config.add_biases)
-    if config.kind == "head":  # which method=ft puts there, with every kind
-        return {}
-    model.requires_grad_(True)
-    return dict(model.named_parameters())
+        trained = lora.inject(
+            model,
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            target_modules=config.target_modules,
+            alpha_pattern=config.alpha_pattern,
+            activation=config.activation,
+            biases=config.adapter_biases,
+        )
+    elif config.kind == "bitfit":
+        trained = bitfit.inject(model, add_biases=config.add_biases)
+    elif config.kind == "full":
+        trained = dict(model.requires_grad_(True).named_parameters())
+    else:  # the head, which method=ft puts there, with every kind
+        trained = {}
+    return {**trained, **embeddings(model)} if config.train_embeddings else trained
+
+
+def embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Make the weights of all embeddings (tokens, learned positions) and of the head trainable; returns them by name.
+
+    A head that is tied to the token embeddings is one parameter with them, under their name.
+    """
+    head = model.get_output_embeddings()
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is head}
+    found = {name: p for name, p in model.named_parameters() if id(p) in weights}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def load_trained(model: PreTrainedModel, folder: str | os.PathLike) -> PreTrainedModel:
+    """Put what a run trained into its base model, in place, from a folder with trained.safetensors.
+
+    model: the base; transformers' sequence classifier of it where the run had a classification head.
+    Raises ModelError where folder and model do not fit.
+    """
+    config, tensors = read_trained(Path(folder))
+    inject(model, config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in tensors.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise ModelError(f"{folder}: {name} {list(value.shape)} does not fit {type(model).__name__}")
+        with torch.no_grad():
+            parameters[name].copy_(value)
+    return model.requires_grad_(False)

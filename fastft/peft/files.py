@@ -4,6 +4,8 @@ lora    adapter_config.json + adapter_model.safetensors, as PEFT writes them: `P
 bitfit  biases.safetensors: every trained bias under its name in the base model, and bitfit_config.json
 full    the whole model, as `save_pretrained` writes it
 head    head.safetensors, the classification head alone
+else    trained.safetensors: every trained parameter under its name in the model, and trained_config.json; for what
+        those formats have no place for (peft.activation, adapter_biases, train_embeddings): `fastft.peft.load_trained`
 
 A classification head (method=ft) is saved under transformers' name for it, `score.weight`: in PEFT's format as one of
 the `modules_to_save`, so that `AutoModelForSequenceClassification` and PEFT load it; in the other files beside the
@@ -56,12 +58,19 @@ def save_adapter(
         described = {"kind": "head", "base_model_name_or_path": base_model, "num_labels": num_labels}
         _write_json(folder / "head_config.json", described)
         return
+    targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name})
+    target_modules = targets if config.target_modules == "all-linear" else config.target_modules
+    if not config.is_plain:
+        _write_tensors(folder / "trained.safetensors", tensors)
+        described = config.model_copy(update={"target_modules": target_modules}).model_dump(mode="json")
+        described = {"base_model_name_or_path": base_model, "num_labels": num_labels, "peft": described}
+        _write_json(folder / "trained_config.json", described)
+        return
     if config.kind == "bitfit":
         _write_tensors(folder / "biases.safetensors", tensors)
         described = {"kind": "bitfit", "base_model_name_or_path": base_model, "add_biases": config.add_biases}
         _write_json(folder / "bitfit_config.json", described)
         return
-    targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name})
     _write_tensors(
         folder / "adapter_model.safetensors",
         {f"base_model.model.{name.removesuffix('.weight')}.weight": t for name, t in tensors.items()},
@@ -72,7 +81,8 @@ def save_adapter(
         "base_model_name_or_path": base_model,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
-        "target_modules": targets if config.target_modules == "all-linear" else config.target_modules,
+        "alpha_pattern": config.alpha_pattern,
+        "target_modules": target_modules,
         "lora_dropout": 0.0,
         "bias": "none",
         "modules_to_save": None if num_labels is None else [CLASSIFICATION_HEAD.removesuffix(".weight")],
@@ -94,6 +104,15 @@ def _empty_classifier(model: PreTrainedModel, num_labels: int) -> PreTrainedMode
     config.num_labels = num_labels
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+
+
+def read_trained(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """What `save_adapter` wrote to trained_config.json and trained.safetensors."""
+    path = folder / "trained_config.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; expected the adapter/ folder of a run that holds trained.safetensors")
+    described = json.loads(path.read_text(encoding="utf-8"))
+    return PeftConfig.model_validate(described["peft"]), load_file(folder / "trained.safetensors")
 
 
 def load_biases(model: nn.Module, folder: str | os.PathLike) -> nn.Module:

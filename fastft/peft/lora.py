@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,6 +49,27 @@ class LoraLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, r={self.lora_A.shape[0]}, scaling={self.scaling:g}"
 
 
+class BottleneckLinear(LoraLinear):
+    """A linear layer plus scaling * (lora_B f(lora_A x + lora_A_bias) + lora_B_bias), f the identity or ReLU.
+
+    With ReLU it is an adapter beside the layer ("parallel", He et al. 2022, arXiv 2110.04366), and what uds-lsv/llmft
+    calls LoRA. Unlike LoRA it cannot be merged into the weight. Both biases start at zero.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, lora_alpha: float, *, activation: str, biases: bool):
+        super().__init__(base, r, lora_alpha)
+        self.activation = F.relu if activation == "relu" else nn.Identity()
+        self.lora_A_bias = nn.Parameter(torch.zeros(r, dtype=base.weight.dtype)) if biases else None
+        self.lora_B_bias = nn.Parameter(torch.zeros(base.out_features, dtype=base.weight.dtype)) if biases else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if adapter_is_off():
+            return out
+        bottleneck = self.activation(F.linear(x, self.lora_A, self.lora_A_bias))
+        return out + self.scaling * F.linear(bottleneck, self.lora_B, self.lora_B_bias)
+
+
 class SharedInput:
     """LoRA layers of one input: the first that is called computes all, the others find their output here.
 
@@ -87,7 +109,7 @@ def share_inputs(model: nn.Module) -> None:
     """Let the LoRA layers of each parent that read the same input compute together."""
     for parent in model.modules():
         for names in SHARED_INPUT:
-            layers = [m for m in (getattr(parent, name, None) for name in names) if isinstance(m, LoraLinear)]
+            layers = [m for m in (getattr(parent, name, None) for name in names) if type(m) is LoraLinear]
             if len(layers) > 1 and len({(m.in_features, m.scaling) for m in layers}) == 1:
                 shared = SharedInput(layers)
                 for layer in layers:
@@ -117,13 +139,33 @@ def _fits(name: str, target: str) -> bool:
 
 
 def inject(
-    model: PreTrainedModel, *, r: int, lora_alpha: float, target_modules: str | list[str]
+    model: PreTrainedModel,
+    *,
+    r: int,
+    lora_alpha: float,
+    target_modules: str | list[str],
+    alpha_pattern: dict[str, float] | None = None,
+    activation: str = "none",
+    biases: bool = False,
 ) -> dict[str, nn.Parameter]:
-    """Replace the targeted linear layers by `LoraLinear`; returns the new parameters by name."""
+    """Replace the targeted linear layers by `LoraLinear`; returns the new parameters by name.
+
+    alpha_pattern: name -> lora_alpha of the layers that it fits. activation, biases: see `BottleneckLinear`.
+    Raises ModelError for a name that fits no layer.
+    """
     trained = {}
-    for name, linear in target_linears(model, target_modules).items():
-        adapted = LoraLinear(linear, r, lora_alpha)
+    linears, alphas = target_linears(model, target_modules), alpha_pattern or {}
+    for target in alphas:
+        if not any(_fits(name, target) for name in linears):
+            raise ModelError(f"peft.alpha_pattern: no layer of peft.target_modules is named {target!r}")
+    for name, linear in linears.items():
+        alpha = next((own for target, own in alphas.items() if _fits(name, target)), lora_alpha)
+        if activation == "none" and not biases:
+            adapted = LoraLinear(linear, r, alpha)
+        else:
+            adapted = BottleneckLinear(linear, r, alpha, activation=activation, biases=biases)
         model.set_submodule(name, adapted)
-        trained |= {f"{name}.lora_A": adapted.lora_A, f"{name}.lora_B": adapted.lora_B}
+        own = adapted.named_parameters(prefix=name)
+        trained |= {path: parameter for path, parameter in own if ".lora_" in path}
     share_inputs(model)
     return trained

@@ -10,7 +10,9 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from fastft.errors import DataError
 from fastft.tasks.base import read_rows, text_field
@@ -36,23 +38,28 @@ class Pattern:
     verbalizer: the words of each label, in the order of the labels; empty where the choices are the example's own.
     separator: what stands between demonstrations and in front of the query.
     sentences: fields that get a full stop where they do not end with one.
+    shown: the query of a demonstration, where it is not the one that is asked.
     """
 
     query: str
     verbalizer: tuple[str, ...] = ()
     separator: str = "\n\n"
     sentences: tuple[str, ...] = ()
+    shown: str | None = None
 
     def ask(self, example: Example) -> str:
-        sentences = {key: example.fields[key].removesuffix(".") + "." for key in self.sentences}
-        return self.query.format(**example.fields | sentences)
+        return self._fill(self.query, example)
 
     def choices(self, example: Example) -> list[str]:
         """The texts that may follow the query, in the order of the labels."""
         return [f" {words}" for words in self.verbalizer or example.choices]
 
     def demonstrate(self, example: Example) -> str:
-        return self.ask(example) + self.choices(example)[example.label]
+        return self._fill(self.shown or self.query, example) + self.choices(example)[example.label]
+
+    def _fill(self, query: str, example: Example) -> str:
+        sentences = {key: example.fields[key].removesuffix(".") + "." for key in self.sentences}
+        return query.format(**example.fields | sentences)
 
 
 Reader = Callable[[dict[str, Any], str], Example | None]  # (row, place) -> example, or None to leave the row out
@@ -113,10 +120,17 @@ def columns(names: dict[str, str], labels: dict[int, int | None], groups: tuple[
 
 
 def sample_demonstrations(
-    examples: list[Example], num_shots: int, num_labels: int, *, balanced: bool, seed: int
+    examples: list[Example],
+    num_shots: int,
+    num_labels: int,
+    *,
+    balanced: bool,
+    seed: int,
+    sampling: Literal["fastft", "llmft"] = "fastft",
 ) -> list[Example]:
     """num_shots examples in random order, drawn without replacement; balanced: as many of each label.
 
+    sampling: who draws, see icl.sampling.
     Raises DataError where there are too few, or a balanced number that the labels do not divide.
     """
     if balanced and num_shots % num_labels:
@@ -125,21 +139,39 @@ def sample_demonstrations(
             f"icl.num_shots={num_shots} cannot be balanced over {num_labels} labels; use {lower} or "
             f"{lower + num_labels}, or set icl.balanced=false"
         )
-    generator = random.Random(f"demonstrations-{seed}")
-    order = generator.sample(range(len(examples)), len(examples))
-    if balanced:
-        taken: Counter[int] = Counter()
-        chosen = []
-        for i in order:
-            if taken[examples[i].label] < num_shots // num_labels:
-                taken[examples[i].label] += 1
-                chosen.append(i)
-        generator.shuffle(chosen)  # in the order drawn, the last ones would often have one label
-    else:
-        chosen = order[:num_shots]
+    labels = [e.label for e in examples]
+    draw = _draw_as_llmft if sampling == "llmft" else _draw
+    chosen = draw(labels, num_shots, num_labels, balanced, seed)
     if len(chosen) < num_shots:
-        counts = dict(sorted(Counter(e.label for e in examples).items()))
         raise DataError(
-            f"icl.num_shots={num_shots}: the train split has {len(examples)} examples, {counts} by label; use fewer"
+            f"icl.num_shots={num_shots}: the train split has {len(examples)} examples, "
+            f"{dict(sorted(Counter(labels).items()))} by label; use fewer"
         )
     return [examples[i] for i in chosen]
+
+
+def _draw(labels: list[int], num_shots: int, num_labels: int, balanced: bool, seed: int) -> list[int]:
+    """Up to num_shots positions in random order, by Python's generator."""
+    generator = random.Random(f"demonstrations-{seed}")
+    order = generator.sample(range(len(labels)), len(labels))
+    if not balanced:
+        return order[:num_shots]
+    taken: Counter[int] = Counter()
+    chosen = []
+    for i in order:
+        if taken[labels[i]] < num_shots // num_labels:
+            taken[labels[i]] += 1
+            chosen.append(i)
+    generator.shuffle(chosen)  # in the order drawn, the last ones would often have one label
+    return chosen
+
+
+def _draw_as_llmft(labels: list[int], num_shots: int, num_labels: int, balanced: bool, seed: int) -> list[int]:
+    """The draw of uds-lsv/llmft: numpy's choice, label by label; back in the dataset's order, then shuffled."""
+    generator = np.random.RandomState(seed)
+    every = range(len(labels))
+    pools = [[i for i in every if labels[i] == label] for label in range(num_labels)] if balanced else [every]
+    size = num_shots // len(pools)
+    drawn = [generator.choice(pool, min(size, len(pool)), replace=False) for pool in pools]
+    chosen = np.sort(np.concatenate(drawn))
+    return chosen[np.random.default_rng(seed).permutation(len(chosen))].tolist()

@@ -6,6 +6,8 @@ CoLA: is a sentence acceptable?         CoLA-OOD: sentences of other publication
 
 Pairing and the patterns `minimal`, `gpt3` and `eval_harness` follow Mosbach et al. 2023 (aclanthology
 2023.findings-acl.779, code uds-lsv/llmft), with the space in front of the label word and not at the query's end.
+`llmft_*` are those that its scripts pass to in-context learning: the query of `llmft_minimal` ends in a space though
+the label word brings its own, and where a line break was meant the shell leaves a backslash and an n.
 `lm_eval` is what lm-evaluation-harness 0.4 asks, character by character; the paper's `eval_harness` has a blank behind
 the premise of RTE, leaves MNLI's hypothesis without its full stop, and has QQP's question and answer in one line.
 benchmarks/compare_lm_eval.py compares prompts and likelihoods.
@@ -15,11 +17,21 @@ from __future__ import annotations
 
 from fastft.tasks.classification import ClassificationTask, Pattern, columns
 
+LITERAL = r"\n\n"  # four characters, no line break
+
 ENTAILMENT = {
     "minimal": Pattern("{text1} {text2} ?", ("Yes", "No")),
     "gpt3": Pattern("{text1} question: {text2} Yes or No? answer:", ("Yes", "No")),
     "eval_harness": Pattern("{text1} \nQuestion: {text2} True or False?\nAnswer:", ("True", "False")),
     "lm_eval": Pattern("{text1}\nQuestion: {text2} True or False?\nAnswer:", ("True", "False")),
+    "llmft_minimal": Pattern("{text1} {text2} ? ", ("Yes", "No"), LITERAL, shown="{text1} {text2} ?"),
+    "llmft_gpt3": Pattern("{text1} question: {text2} Yes or No? answer:", ("Yes", "No"), LITERAL),
+    "llmft_eval_harness": Pattern(
+        r"{text1} \nQuestion: {text2} True or False? \nAnswer:",
+        ("True", "False"),
+        LITERAL,
+        shown=r"{text1} \nQuestion: {text2} True or False?\nAnswer:",
+    ),
 }
 ENTAILMENT_OR_NEUTRAL = {
     "minimal": Pattern("{text1} {text2} ?", ("Yes", "Maybe", "No")),
@@ -42,11 +54,18 @@ PARAPHRASE = {
         "Question 1: {text1}\nQuestion 2: {text2}\nQuestion: Do both questions ask the same thing?\nAnswer:",
         ("no", "yes"),
     ),
+    "llmft_minimal": Pattern("{text1} {text2} ? ", ("No", "Yes"), LITERAL, shown="{text1} {text2} ?"),
+    "llmft_eval_harness": Pattern(
+        r"Question 1: {text1}\nQuestion 2: {text2}\nQuestion: Do both questions ask the same thing? Answer:",
+        ("No", "Yes"),
+        LITERAL,
+    ),
 }
 ACCEPTABILITY = {
     "minimal": Pattern("{text1} ?", ("No", "Yes"), separator=" "),
     "gpt3": Pattern("grammatical: {text1} Yes or No? answer:", ("No", "Yes")),
     "lm_eval": Pattern("{text1}\nQuestion: Does this sentence make sense?\nAnswer:", ("no", "yes")),
+    "llmft_minimal": Pattern("{text1} ? ", ("No", "Yes"), " ", shown="{text1} ?"),
 }
 
 SENTENCES = {"text1": "sentence1", "text2": "sentence2"}

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastft.config import validate
 from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.labelled import Labelled
 from fastft.errors import Interrupted
+from fastft.peft import load_trained
 from tests.conftest import clean_environment, losses
 from tests.engine.test_icl_run import figures, ok, write
 
@@ -134,6 +136,13 @@ def test_it_learns(labelled_config, launch, method, sections):
     assert not (Path(raw["cache_dir"]) / "teacher").exists()
 
 
+LLMFT = {
+    "activation": "relu",
+    "adapter_biases": True,
+    "alpha_pattern": {"q_proj": 8.0},
+    "target_modules": ["q_proj", "v_proj"],
+    "train_embeddings": True,
+}
 CASES = [
     ("pbft", "llama", {}),
     ("pbft", "llama", {"peft": {"kind": "full"}, "data": {"verbalizer": ["Tessa Bray", "nine"]}}),
@@ -149,6 +158,8 @@ CASES = [
     ("pbft", "opt", {"peft": {"kind": "bitfit"}, "pbft": {"loss_over": "labels"}}),
     ("ft", "llama", {}),
     ("ft", "llama", {"peft": {"kind": "full"}}),
+    ("pbft", "opt", {"peft": LLMFT}),
+    ("pbft", "opt", {"peft": {"kind": "bitfit", "train_embeddings": True}}),
     ("ft", "opt", {"peft": {"kind": "bitfit"}}),
     ("ft", "opt", {"peft": {"kind": "head"}}),
 ]
@@ -168,7 +179,7 @@ def test_zero_stages_agree(labelled_config, launch, tmp_path, method, kind, sect
         torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "kind", "sections"), [CASES[0], CASES[2], CASES[5]])
+@pytest.mark.parametrize(("method", "kind", "sections"), [CASES[0], CASES[2], CASES[5], CASES[6]])
 def test_two_processes_agree_with_one(labelled_config, launch, tmp_path, method, kind, sections):
     found = []
     for processes, stage in ((1, 0), (2, 3)):
@@ -185,9 +196,13 @@ def _numbers(folder: str) -> torch.Tensor:
     return torch.tensor([*losses(Path(folder)), *(p for row in rows for p in row["log_probs"])])
 
 
-@pytest.mark.parametrize("method", ["pbft", "ft"])
-def test_a_stopped_run_goes_on_with_the_same_numbers(labelled_config, launch, tmp_path, monkeypatch, method):
-    raw = labelled_config(method, train={"save_every": 3, "steps": 6})
+@pytest.mark.parametrize(
+    ("method", "kind", "peft"), [("pbft", "llama", {}), ("pbft", "opt", LLMFT), ("ft", "llama", {})]
+)
+def test_a_stopped_run_goes_on_with_the_same_numbers(
+    labelled_config, launch, tmp_path, monkeypatch, method, kind, peft
+):
+    raw = labelled_config(method, kind, peft=peft, train={"save_every": 3, "steps": 6})
     straight = {**raw, "output_dir": str(tmp_path / "straight")}
     ok(launch(straight))
 
@@ -257,9 +272,37 @@ print(json.dumps(found))
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
-    from transformers import AutoModelForSequenceClassification
+@pytest.mark.parametrize("method", ["pbft", "ft"])
+@pytest.mark.parametrize("changes", [LLMFT, {**LLMFT, "target_modules": "all-linear"}, {"kind": "bitfit"}])
+def test_what_peft_cannot_hold_loads_back(labelled_config, launch, tmp_path, tiny, tokenizer, method, changes):
+    """A run's trained embeddings and adapters of another shape, in a fresh base, give the run's predictions."""
+    raw = labelled_config(method, "opt", peft={**changes, "train_embeddings": True}, deepspeed={"zero_stage": 3})
+    ok(launch(raw))
+    kind = AutoModelForCausalLM if method == "pbft" else AutoModelForSequenceClassification
+    base = kind.from_pretrained(tiny("opt"), dtype=torch.float32, num_labels=2).eval()
+    model = load_trained(base, Path(raw["output_dir"]) / "adapter")
+    words = [tokenizer(word, add_special_tokens=False).input_ids for word in (" Yes", " No")]
+    for line, found in zip(
+        (tmp_path / "rte" / "validation.jsonl").read_text().splitlines(), figures(raw["output_dir"])[1], strict=False
+    ):
+        row = json.loads(line)
+        query = tokenizer(f"{row['sentence1'].strip()} {row['sentence2'].strip()} ?").input_ids
+        if method == "ft":
+            scores = model(torch.tensor([query])).logits[0]
+        else:
+            scores = torch.stack([score(model, query, word) for word in words])
+        torch.testing.assert_close(
+            scores.log_softmax(-1).double(), torch.tensor(found["log_probs"]).double(), rtol=1e-4, atol=1e-4
+        )
 
+
+def score(model, query: list[int], word: list[int]) -> torch.Tensor:
+    """Mean log p of the word's tokens behind the query."""
+    log_probs = model(torch.tensor([query + word])).logits[0, len(query) - 1 : -1].log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(word)[:, None]).mean()
+
+
+def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
     from fastft.peft.files import load_biases
 
     raw = labelled_config("ft", "llama", peft={"kind": "bitfit", "add_biases": True})
@@ -274,6 +317,9 @@ def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
     ("method", "changes", "message"),
     [
         ("pbft", {"icl": {"num_shots": 0}}, "nothing to train on; use 1 or more"),
+        ("pbft", {"peft": {"kind": "full", "activation": "relu"}}, "activation is for kind=lora, got kind=full"),
+        ("ft", {"peft": {"kind": "head", "train_embeddings": True}}, "train_embeddings is for kind=lora or bitfit"),
+        ("distill", {"peft": {"train_embeddings": True}}, "peft.train_embeddings=true would change the head"),
         ("pbft", {"icl": {"num_shots": 3}}, "cannot be balanced over 2 labels; use 2 or 4"),
         ("pbft", {"peft": {"kind": "head"}}, "peft.kind=head trains the classification head of method=ft"),
         ("ft", {"pbft": {"loss_over": "labels"}}, "method=ft with data.task=rte does not use pbft"),

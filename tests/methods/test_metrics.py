@@ -31,7 +31,7 @@ def test_two_labels_by_hand():
     assert found["class_accuracy"] == pytest.approx([2 / 3, 4 / 5])
     assert found["nll"] == pytest.approx(-(6 * math.log(0.9) + 2 * math.log(0.1)) / 8)
     assert found["ece"] == pytest.approx(0.9 - 0.75)  # one bin
-    assert found["non_label_fraction"] == 0
+    assert found["non_label_fraction"] == 0 and found["vocabulary_accuracy"] == 0.75
 
 
 def test_several_labels_by_their_definitions():
@@ -49,6 +49,7 @@ def test_several_labels_by_their_definitions():
         f1.append(2 * hits / (predicted.count(label) + gold.count(label)))
     assert found["macro_f1"] == pytest.approx(sum(f1) / 4)
     assert found["non_label_fraction"] == 0.2
+    assert found["vocabulary_accuracy"] == sum(p == g and i % 5 > 0 for i, (p, g) in enumerate(pairs)) / 200
     one_hot = torch.nn.functional.one_hot
     x, y = (
         one_hot(torch.tensor(v), 4).double() - one_hot(torch.tensor(v), 4).double().mean(0) for v in (predicted, gold)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
+from fastft.config import PeftConfig
 from fastft.errors import ModelError
 from fastft.models.loading import load_model
-from fastft.peft import bitfit, lora
+from fastft.peft import adapter_off, bitfit, inject, load_trained, lora, save_adapter
 
 
 def test_injected_lora_starts_as_the_base(tiny):
@@ -81,3 +86,141 @@ def test_bitfit_needs_biases(tiny):
         bitfit.inject(model, add_biases=False)
     trained = bitfit.inject(model, add_biases=True)
     assert len(trained) == 2 * 6 and not any("k_proj" in n or "lm_head" in n for n in trained)
+
+
+class Bottleneck(nn.Module):
+    """A linear layer and a bottleneck with biases and ReLU beside it, in plain PyTorch."""
+
+    def __init__(self, linear: nn.Linear, r: int, scale: float):
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = nn.Linear(linear.in_features, r), nn.Linear(r, linear.out_features)
+        self.scale = scale
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * self.up(self.down(x).relu())
+
+
+def test_relu_and_biases_between_lora_a_and_lora_b():
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5).double().requires_grad_(False)
+    ours = lora.BottleneckLinear(linear, 3, 6.0, activation="relu", biases=True)
+    plain = Bottleneck(linear, 3, 2.0).double()
+    assert not ours.lora_B.any() and not ours.lora_A_bias.any() and not ours.lora_B_bias.any()
+    pairs = {
+        ours.lora_A: plain.down.weight,
+        ours.lora_A_bias: plain.down.bias,
+        ours.lora_B: plain.up.weight,
+        ours.lora_B_bias: plain.up.bias,
+    }
+    with torch.no_grad():
+        for own, other in pairs.items():
+            own.copy_(other)
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(ours(x), plain(x))
+    gradients = [torch.autograd.grad(ours(x).square().sum(), (x, *pairs))]
+    gradients.append(torch.autograd.grad(plain(x).square().sum(), (x, *pairs.values())))
+    torch.testing.assert_close(*gradients)
+    with adapter_off():
+        torch.testing.assert_close(ours(x), linear(x))
+
+
+def test_biases_alone_and_relu_alone():
+    linear = nn.Linear(6, 5).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for activation, biases in (("none", True), ("relu", False)):
+        ours = lora.BottleneckLinear(linear, 3, 3.0, activation=activation, biases=biases)
+        nn.init.normal_(ours.lora_B)
+        hidden = x @ ours.lora_A.t()
+        expected = linear(x) + (hidden.relu() if activation == "relu" else hidden) @ ours.lora_B.t()
+        if biases:
+            nn.init.normal_(ours.lora_A_bias)
+            nn.init.normal_(ours.lora_B_bias)
+            expected = expected + ours.lora_A_bias @ ours.lora_B.t() + ours.lora_B_bias
+        torch.testing.assert_close(ours(x), expected)
+
+
+def test_alpha_pattern_undoes_the_scaling_of_the_query(tiny):
+    """llmft adds its adapter's output to the scaled query: that is sqrt(head size) times lora_alpha in front of it."""
+    model = load_model(str(tiny("opt")), dtype="float32")
+    attention = next(m for m in model.modules() if hasattr(m, "q_proj"))
+    root = attention.head_dim**0.5
+    linear, x = attention.q_proj, torch.randn(3, model.config.hidden_size)
+    config = PeftConfig(
+        r=4,
+        lora_alpha=4 * 1.5,
+        alpha_pattern={"q_proj": 4 * 1.5 * root},
+        target_modules=["q_proj", "v_proj"],
+        activation="relu",
+    )
+    expected = linear(x) * attention.scaling
+    inject(model, config)
+    q = attention.q_proj
+    nn.init.normal_(q.lora_B)
+    expected = expected + 1.5 * (x @ q.lora_A.t()).relu() @ q.lora_B.t()
+    torch.testing.assert_close(q(x) * attention.scaling, expected)
+    assert attention.v_proj.scaling == 1.5
+    with pytest.raises(ModelError, match=r"peft.alpha_pattern: no layer of peft.target_modules is named 'fc1'"):
+        lora.inject(model, r=1, lora_alpha=1, target_modules=["out_proj"], alpha_pattern={"fc1": 2})
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("kind", ["lora", "bitfit"])
+def test_embeddings_are_trained_too(tiny, family, kind):
+    model = load_model(str(tiny(family)), dtype="float32")
+    without = set(inject(load_model(str(tiny(family)), dtype="float32"), PeftConfig(kind=kind, add_biases=True)))
+    trained = inject(model, PeftConfig(kind=kind, add_biases=True, train_embeddings=True))
+    expected = {
+        "opt": {"model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"},  # the head is tied
+        "llama": {"model.embed_tokens.weight", "lm_head.weight"},
+    }
+    assert set(trained) - without == expected[family] and without < set(trained)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trained)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": "relu", "adapter_biases": True, "target_modules": ["q_proj", "v_proj"]},
+        {"train_embeddings": True},
+        {"kind": "bitfit", "train_embeddings": True},
+    ],
+)
+def test_what_peft_cannot_hold_comes_back(tiny, tmp_path, changes):
+    """Saved in no format that PEFT would take for LoRA, and loaded into a fresh base it gives the same logits."""
+    base, config = str(tiny("opt")), PeftConfig(**changes)
+    model = load_model(base, dtype="float32").eval()
+    trained = inject(model, config)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_adapter(tmp_path, trained, config, base_model=base, model=model)
+    assert {p.name for p in tmp_path.iterdir()} == {"trained.safetensors", "trained_config.json"}
+    loaded = load_trained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), tmp_path)
+    ids = torch.arange(2, 12)[None]
+    untrained = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    inject(reference, config)
+    reference.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loaded(ids).logits, reference(ids).logits)
+    assert not torch.allclose(loaded(ids).logits, untrained(ids).logits, atol=1e-2)
+    with pytest.raises(ModelError, match=r"does not fit|no linear layer is named|has no bias parameters"):
+        load_trained(AutoModelForCausalLM.from_pretrained(tiny("llama")), tmp_path)
+    with pytest.raises(ModelError, match="expected the adapter/ folder"):
+        load_trained(untrained, Path(tmp_path) / "elsewhere")
+
+
+def test_peft_reads_the_alpha_pattern(tiny, tmp_path):
+    from peft import PeftModel
+
+    base = str(tiny("llama"))
+    config = PeftConfig(r=2, lora_alpha=4.0, alpha_pattern={"q_proj": 11.0}, target_modules=["q_proj", "v_proj"])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    trained = inject(model, config)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_()
+    save_adapter(tmp_path, trained, config, base_model=base, model=model)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path)
+    ids = torch.arange(2, 12)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)

@@ -7,7 +7,9 @@ import os
 import typing
 from collections import Counter
 
+import numpy as np
 import pytest
+from datasets import Dataset
 
 from fastft.config import ClassificationTask, DataConfig
 from fastft.errors import DataError
@@ -43,7 +45,7 @@ def test_tasks_from_a_local_copy(name):
         asked = pattern.ask(examples[0])
         assert all(text in asked for key, text in examples[0].fields.items() if f"{{{key}}}" in pattern.query)
         assert len(pattern.choices(examples[0])) == len(ROWS[name])
-        assert not asked.endswith(" ")
+        assert asked.endswith(" ") == (pattern.query in ("{text1} {text2} ? ", "{text1} ? "))  # llmft_minimal
 
 
 def test_a_demonstration_is_the_query_with_its_label_word():
@@ -73,6 +75,42 @@ def test_unbalanced_demonstrations_follow_the_data():
     chosen = sample_demonstrations(pool({0: 900, 1: 100}), 200, 2, balanced=False, seed=0)
     assert 5 <= sum(e.label for e in chosen) <= 40
     assert sample_demonstrations(pool({0: 3, 1: 3}), 0, 2, balanced=True, seed=0) == []
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_draw_of_llmft(balanced):
+    """Its steps, written with the libraries it uses: numpy's global generator, datasets' filter and shuffle."""
+    examples = [Example({"text1": str(i)}, label) for i, label in enumerate([0, 1, 1, 0, 1] * 20)]
+    dataset = Dataset.from_dict({"idx": range(100), "label": [e.label for e in examples]})
+    np.random.seed(3)
+    drawn = []
+    if balanced:
+        for label in (0, 1):
+            pool = dataset.filter(lambda row, label=label: row["label"] == label)["idx"]
+            drawn += np.random.choice(pool, size=5, replace=False).tolist()
+    else:
+        drawn = np.random.choice(range(100), size=10, replace=False).tolist()
+    expected = dataset.filter(lambda row: row["idx"] in drawn).shuffle(3)["idx"]
+    chosen = sample_demonstrations(examples, 10, 2, balanced=balanced, seed=3, sampling="llmft")
+    assert [int(e.fields["text1"]) for e in chosen] == list(expected)
+    assert sample_demonstrations([], 0, 2, balanced=balanced, seed=3, sampling="llmft") == []
+    with pytest.raises(DataError, match=r"has 2 examples.*use fewer"):
+        sample_demonstrations(examples[:2], 4, 2, balanced=balanced, seed=0, sampling="llmft")
+
+
+def test_the_prompts_of_llmft():
+    """A query that ends in a space, demonstrations that do not, and backslashes that its shell does not take away."""
+    example = Example({"text1": "It rains.", "text2": "It is wet."}, 1)
+    rte = CLASSIFICATION_TASKS["rte"].patterns
+    assert rte["llmft_minimal"].ask(example) == "It rains. It is wet. ? "
+    assert rte["llmft_minimal"].demonstrate(example) == "It rains. It is wet. ? No"
+    assert rte["llmft_minimal"].separator == "\\n\\n"
+    harness = "It rains. \\nQuestion: It is wet. True or False?"
+    assert rte["llmft_eval_harness"].ask(example) == f"{harness} \\nAnswer:"
+    assert rte["llmft_eval_harness"].demonstrate(example) == f"{harness}\\nAnswer: False"
+    assert rte["llmft_gpt3"].ask(example) == "It rains. question: It is wet. Yes or No? answer:"
+    cola = CLASSIFICATION_TASKS["cola"].patterns["llmft_minimal"]
+    assert (cola.ask(example), cola.separator) == ("It rains. ? ", " ")
 
 
 def test_samples_that_cannot_be_drawn():
