@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastft.config import validate
@@ -296,10 +297,66 @@ def test_what_peft_cannot_hold_loads_back(labelled_config, launch, tmp_path, tin
         )
 
 
+class QueryAndValueAdapter(nn.Module):
+    """A frozen linear layer with the adapter of uds-lsv/llmft beside it, in plain PyTorch."""
+
+    def __init__(self, linear: nn.Linear, r: int, scale: float):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.down, self.up = nn.Linear(linear.in_features, r), nn.Linear(r, linear.out_features)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * self.up(torch.relu(self.down(x)))
+
+
+def test_llmft_is_a_plain_loop_over_adapters_and_embeddings(labelled_config, launch, tiny, tokenizer):
+    """The losses of a run equal those of transformers' OPT with hand-written adapters, torch's AdamW and clipping."""
+    train = {"steps": 5, "batch_size": 4, "lr": 1e-2, "warmup_steps": 0, "schedule": "constant"}
+    raw = labelled_config("pbft", "opt", peft=LLMFT, train=train, icl={"sampling": "llmft"}, data={"ood": []})
+    ok(launch(raw))
+
+    model = AutoModelForCausalLM.from_pretrained(tiny("opt"), dtype=torch.float32).eval().requires_grad_(False)
+    adapters = []
+    initial = torch.Generator().manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if name.endswith(("q_proj", "v_proj")):
+            adapters.append(QueryAndValueAdapter(module, r=4, scale=(8.0 if name.endswith("q_proj") else 32.0) / 4))
+            nn.init.kaiming_uniform_(adapters[-1].down.weight, a=5**0.5, generator=initial)
+            model.set_submodule(name, adapters[-1])
+    embeddings = [model.model.decoder.embed_tokens.weight, model.model.decoder.embed_positions.weight]
+    trained = [p for adapter in adapters for part in (adapter.down, adapter.up) for p in part.parameters()] + embeddings
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    rows = []
+    for example in Labelled.load(validate(raw)).shots:
+        query = tokenizer(f"{example.fields['text1']} {example.fields['text2']} ?").input_ids
+        rows.append((query, tokenizer((" Yes", " No")[example.label], add_special_tokens=False).input_ids))
+    expected = []
+    for _ in range(5):
+        parts = [nll_of(model, query, word) for query, word in rows]
+        loss = torch.cat(parts).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        expected.append(loss.item())
+    assert losses(Path(raw["output_dir"])) == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < 0.7 * expected[0]
+
+
+def nll_of(model, query: list[int], word: list[int]) -> torch.Tensor:
+    """-log p of each of the word's tokens behind the query."""
+    logits = model(torch.tensor([query + word])).logits[0, len(query) - 1 : -1]
+    return nn.functional.cross_entropy(logits, torch.tensor(word), reduction="none")
+
+
 def score(model, query: list[int], word: list[int]) -> torch.Tensor:
     """Mean log p of the word's tokens behind the query."""
-    log_probs = model(torch.tensor([query + word])).logits[0, len(query) - 1 : -1].log_softmax(-1)
-    return log_probs.gather(1, torch.tensor(word)[:, None]).mean()
+    return -nll_of(model, query, word).mean()
 
 
 def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
