@@ -6,7 +6,7 @@
 lm-evaluation-harness loads its own task definitions, writes its own prompts, cuts them into tokens and scores them with
 transformers' model, each choice behind its whole prompt; only the rows and the demonstrations are given to it. fastft
 asks the same rows with its patterns: choices branch off from their query, queries stand behind one copy of the
-demonstrations. In float32, compared are
+demonstrations. Compared are, in float32:
 
     prompts       every (context, continuation) pair, character by character
     log p         of each choice, summed over its tokens (`icl.choice_nll`): the largest difference
@@ -242,15 +242,19 @@ def main() -> int:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=int, default=4, help="sequences per forward of the harness; 8 times that of ours")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument(
+        "--dtype", default="float32", choices=["float32", "float64"], help="float64 tells rounding from error"
+    )
     p.add_argument("--tolerance", type=float, default=1e-4)
     p.add_argument("--json", type=Path)
     a = p.parse_args()
 
     path = loading.resolve(a.model, Config(output_dir="unused").cache_path)
-    tokenizer = loading.load_tokenizer(path)
-    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(a.device).eval()
+    tokenizer, dtype = loading.load_tokenizer(path), getattr(torch, a.dtype)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(a.device).eval()
     reference = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=a.batch)
-    lm, text = PackedCausalLM(loading.load_model(path, dtype="float32").to(a.device)), Text(tokenizer)
+    lm = PackedCausalLM(loading.load_model(path, dtype="float32").to(a.device, dtype))
+    text = Text(tokenizer)
 
     about = {
         "date": date.today().isoformat(),
