@@ -7,8 +7,9 @@ o_i and lse_i = log sum_j exp(q . k_j * scale), the whole is sum_i exp(lse_i - l
 (the identity behind FlashAttention, Dao et al. 2022, arXiv 2205.14135, and Hydragen, Juravsky et al. 2024,
 arXiv 2402.05099).
 
-On a GPU the sequences' own part is one call over their ragged rows (`flash`), where a library for that takes the dtype;
-with float32 and on a CPU they are padded to [B, L] for it.
+On a GPU the sequences' own part is one call over their ragged rows (`flash`), where a library for that takes the dtype.
+On a CPU the project's kernel (`fastft.ops.attention`) takes ragged rows and prefix in one softmax, with nothing to
+merge. What neither takes is padded to [B, L]: float32 on a GPU, and on a CPU what needs a gradient.
 
 The function is registered with transformers and is reached through the attention interface with a `packed` keyword, so
 no model code is copied. There is one name for each choice of `model.attention`: `implementation(choice)`.
@@ -20,15 +21,18 @@ C prefix length.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from fastft import ops
 from fastft.errors import ModelError
 from fastft.models import flash
 from fastft.models.flash import OutputAndLSE
 from fastft.models.packing import DecodeCache, PackedSequences, Prefix
+from fastft.ops.attention import LARGEST_HEAD
 
 __all__ = [
     "IMPLEMENTATION",
@@ -168,15 +172,48 @@ def merge(o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Te
     return torch.lerp(o2.to(share.dtype), o1.to(share.dtype), share).to(o1.dtype)
 
 
+def _has_kernel(q: torch.Tensor) -> bool:
+    """Whether the project's CPU kernel takes such queries, where no gradient is needed: it wants vectors."""
+    return q.device.type == "cpu" and q.shape[-1] <= LARGEST_HEAD and ops.cpu_capability() not in (None, "scalar")
+
+
+def _attend_behind_prefixes(q, k, v, packed: PackedSequences, layer: int, scale: float) -> torch.Tensor:
+    """Every sequence's attention to its prefix, if any, and itself, by the CPU kernel: [1, T, H, D]."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    outs, sequence = [], 0
+    for prefix, count in packed.prefixes or [(None, len(packed.lengths))]:
+        cu_seqlens = packed.cu_seqlens[sequence : sequence + count + 1]
+        rows = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        k_prefix, v_prefix = (None, None) if prefix is None else (x[0].transpose(0, 1) for x in prefix.fetch(layer))
+        outs.append(
+            ops.attention(
+                q[rows], k[rows], v[rows], cu_seqlens - rows.start, prefix_k=k_prefix, prefix_v=v_prefix, scale=scale
+            )[0]
+        )
+        sequence += count
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
+
+
+def _attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> OutputAndLSE:
+    """`attention_with_lse` without a mask by the CPU kernel; B is 1."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    ends = (torch.tensor([0, len(x)], dtype=torch.int32) for x in (q, k))
+    out, lse = ops.attention(q, k, v, *ends, scale=scale, is_causal=False)
+    return out.transpose(0, 1)[None], lse[None]
+
+
 def _attend_prefix(
-    q: torch.Tensor, packed: PackedSequences, layer: int, scale: float, backend: flash.Backend | None
+    q: torch.Tensor,
+    packed: PackedSequences,
+    layer: int,
+    scale: float,
+    attend: Callable[..., OutputAndLSE],
 ) -> OutputAndLSE:
     """All packed queries q [1, H, T, D] against the prefixes of their groups: out [1, H, T, D], lse [1, H, T].
 
     The query heads of one key/value head stand next to each other, so [H, T] folds into [G, H/G * T] query rows:
     each key and value is read once for all heads and all sequences that share it.
     """
-    attend = attention_with_lse if backend is None else backend.full
     outs, lses = [], []
     start = sequence = 0
     for prefix, count in packed.prefixes:
@@ -265,12 +302,14 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
-    choice: who computes it, see `flash.select`. Decode caches and branches go through torch's masked kernels in any
-    case. Attention dropout needs padding: auto does that, a back end that is named refuses it.
+    choice: who computes it, see `flash.select`; on a CPU, auto is the project's kernel where no gradient is needed, and
+    sdpa torch's. Decode caches and branches go through torch's masked kernels in any case. Attention dropout needs
+    padding: auto does that, a back end that is named refuses it.
     """
     if packed is None:
         raise ValueError('attention "fastft" needs packed=PackedSequences(...) in the model call')
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad) and not packed.takes_gradient:
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if gradient and not packed.takes_gradient:
         raise RuntimeError("packed_attention: prefixes, branches, decode caches take no gradient; use torch.no_grad()")
     if dropout and choice not in ("auto", "sdpa"):
         raise ModelError(f"model.attention={choice} has no attention dropout, and the model's is {dropout}; use sdpa")
@@ -278,10 +317,14 @@ def packed_attention(
     layer = module.layer_idx
     if packed.capture is not None:
         packed.capture.put(layer, key.detach(), value.detach())
+    kernel = choice == "auto" and not gradient and not dropout and _has_kernel(query)
+    if kernel and packed.cache is None and packed.tree is None:
+        return _attend_behind_prefixes(query, key, value, packed, layer, scaling), None
     own, own_lse = _attend_own(query, key, value, packed, layer, scaling, dropout, backend)
     if packed.prefixes is None:
         return own, None
-    shared, shared_lse = _attend_prefix(query, packed, layer, scaling, backend)
+    attend = backend.full if backend else _attend_all if kernel else attention_with_lse
+    shared, shared_lse = _attend_prefix(query, packed, layer, scaling, attend)
     return merge(shared.transpose(1, 2), shared_lse.transpose(1, 2), own, own_lse), None
 
 
