@@ -62,9 +62,9 @@ void pack_blocks(const AttentionArgs& args, int64_t begin, int64_t end) {
         } else {
             int64_t s = 0;
             while (args.first_block[s + 1] <= block) ++s;
-            const int64_t token = args.cu_seqlens_k[s] + (block - args.first_block[s]) * kAttentionKeys;
-            pack_block<T>(args, args.k, args.v, token,
-                          smaller(kAttentionKeys, args.cu_seqlens_k[s + 1] - token), head, block);
+            const int64_t key = (block - args.first_block[s]) * kAttentionKeys;
+            pack_block<T>(args, args.k, args.v, args.cu_seqlens_k[s] + key,
+                          smaller(kAttentionKeys, attention_keys_of(args, s) - key), head, block);
         }
     }
 }
@@ -153,56 +153,75 @@ void attend_block(const AttentionArgs& args, Queries<T>& x, int64_t m, const Key
     });
 }
 
-// One unit of queries against the prefix and its sequence.
+// The sequence that holds `token`.
+inline int64_t sequence_of(const AttentionArgs& args, int64_t token) {
+    int64_t low = 0, high = args.sequences;  // the last one that begins at or before the token
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (args.cu_seqlens_q[middle] <= token ? low : high) = middle;
+    }
+    return low;
+}
+
+// One unit of queries against the prefix, then each part of it against its own sequence.
 template <class T>
-void attend(const AttentionArgs& args, Queries<T>& x, int64_t head, const AttentionUnit& unit) {
+void attend(const AttentionArgs& args, Queries<T>& x, int64_t head, int64_t unit) {
     using S = ScalarOf<Value<T>>;
     const int64_t D = args.head_size, columns = columns_of<T>(args), group = args.heads / args.kv_heads;
-    const int64_t s = unit.sequence, first_token = args.cu_seqlens_q[s];
-    const int64_t queries = args.cu_seqlens_q[s + 1] - first_token;
-    const int64_t own_keys = args.cu_seqlens_k[s + 1] - args.cu_seqlens_k[s];
-    const int64_t rows = smaller(kAttentionQueries, queries * group - unit.first);
-    const auto token_of = [&](int64_t row) { return (unit.first + row) / group; };
+    const int64_t first = unit * kAttentionQueries,
+                  rows = smaller(kAttentionQueries, args.tokens * group - first);
+    const auto token_of = [&](int64_t row) { return (first + row) / group; };
     const auto head_of = [&](int64_t row) {
-        return (args.first_kv_head + head) * group + (unit.first + row) % group;
+        return (args.first_kv_head + head) * group + (first + row) % group;
     };
     for (int64_t i = 0; i < rows; ++i) {
-        memcpy(x.q + i * D, row_of<T>(args.q, first_token + token_of(i), head_of(i)),
-               sizeof(T) * static_cast<size_t>(D));
+        memcpy(x.q + i * D, row_of<T>(args.q, token_of(i), head_of(i)), sizeof(T) * static_cast<size_t>(D));
         x.max[i] = lowest<S>();
         x.sum[i] = 0;
     }
     memset(x.out, 0, sizeof(S) * static_cast<size_t>(rows * columns));
 
-    const auto go_by = [&](int64_t keys, int64_t first_block, bool causal) {
-        for (int64_t i = 0; i < rows; ++i) {
-            x.visible[i] = causal ? keys - queries + token_of(i) + 1 : keys;
-        }
-        for (int64_t first = 0; first < x.visible[rows - 1]; first += kAttentionKeys) {
-            const int64_t block = first_block + first / kAttentionKeys;
-            const KeyBlock at{first, smaller(kAttentionKeys, keys - first)};
+    // Rows [begin, end) against a stretch of keys, whose last visible[end - 1] at most are seen.
+    const auto go_by = [&](int64_t begin, int64_t end, int64_t keys, int64_t first_block) {
+        for (int64_t key = 0; key < x.visible[end - 1]; key += kAttentionKeys) {
+            const int64_t block = first_block + key / kAttentionKeys;
+            const KeyBlock at{key, smaller(kAttentionKeys, keys - key)};
             const Word<T>*k = packed_keys<T>(args, head, block), *v = packed_values<T>(args, head, block);
-            for_rows(0, rows, [&](int64_t m, auto n) { attend_block<T, n>(args, x, m, at, k, v); });
+            for_rows(begin, end, [&](int64_t m, auto n) { attend_block<T, n>(args, x, m, at, k, v); });
         }
     };
-    go_by(args.prefix_tokens, 0, false);
-    go_by(own_keys, args.first_block[s], args.causal);
+    for (int64_t i = 0; i < rows; ++i) x.visible[i] = args.prefix_tokens;
+    go_by(0, rows, args.prefix_tokens, 0);
+    for (int64_t begin = 0, end; begin < rows; begin = end) {
+        const int64_t s = sequence_of(args, token_of(begin)), last_token = args.cu_seqlens_q[s + 1];
+        const int64_t keys = attention_keys_of(args, s);
+        end = smaller(rows, last_token * group - first);
+        for (int64_t i = begin; i < end; ++i) {
+            x.visible[i] = args.causal ? keys - last_token + token_of(i) + 1 : keys;
+        }
+        go_by(begin, end, keys, args.first_block[s]);
+    }
 
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t token = first_token + token_of(i);
-        T* out = static_cast<T*>(args.out) + (token * args.heads + head_of(i)) * D;
+        T* out = static_cast<T*>(args.out) + (token_of(i) * args.heads + head_of(i)) * D;
         // A row of sum 0 saw no key; one of NaN keeps it.
         const S factor = x.sum[i] == 0 ? S(0) : 1 / x.sum[i];
         for (int64_t d = 0; d < D; ++d) from_value(x.out[i * columns + d] * factor, out + d);
-        static_cast<S*>(args.lse)[head_of(i) * args.tokens + token] =
+        static_cast<S*>(args.lse)[head_of(i) * args.tokens + token_of(i)] =
             x.sum[i] == 0 ? -S(__builtin_inf()) : x.max[i] * S(args.scale) + log_(x.sum[i]);
     }
 }
 
+// Units from both ends in turn: later ones of a causal sequence see more keys, and a thread's stretch of
+// units then holds both kinds.
 template <class T>
 void attend_units(const AttentionArgs& args, int64_t begin, int64_t end) {
     Queries<T> x;
-    for (int64_t i = begin; i < end; ++i) attend(args, x, i / args.num_units, args.units[i % args.num_units]);
+    const int64_t units = attention_units(args);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t place = i % units;
+        attend(args, x, i / units, place % 2 ? units - 1 - place / 2 : place / 2);
+    }
 }
 
 }  // namespace

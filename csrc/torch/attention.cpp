@@ -35,8 +35,8 @@ void check_offsets(const Tensor& x, int64_t sequences, int64_t tokens, const cha
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                     std::optional<Tensor> prefix_k, std::optional<Tensor> prefix_v,
-                                     double scale, bool is_causal) {
+                                     std::optional<Tensor> seqused_k, std::optional<Tensor> prefix_k,
+                                     std::optional<Tensor> prefix_v, double scale, bool is_causal) {
     check(q.dim() == 3 && k.dim() == 3, "attention: q and k must be [tokens, heads, head_size]");
     AttentionArgs args{};
     args.dtype = dtype_of(q);
@@ -74,6 +74,16 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     }
     args.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data_ptr());
     args.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.data_ptr());
+    if (seqused_k) {
+        check_vector(*seqused_k, args.sequences, ScalarType::Int,
+                     "attention: seqused_k must be int32 [sequences]");
+        args.seqused_k = static_cast<const int32_t*>(seqused_k->data_ptr());
+        for (int64_t s = 0; s < args.sequences; ++s) {
+            check(args.seqused_k[s] >= 0 &&
+                      args.seqused_k[s] <= args.cu_seqlens_k[s + 1] - args.cu_seqlens_k[s],
+                  "attention: seqused_k must be between 0 and the keys that cu_seqlens_k gives a sequence");
+        }
+    }
     args.scale = scale;
     args.causal = is_causal;
     Tensor out = torch::stable::new_empty(q, {args.tokens, args.heads, args.head_size});
@@ -83,24 +93,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 
     const auto blocks_of = [](int64_t keys) { return (keys + kAttentionKeys - 1) / kAttentionKeys; };
     std::vector<int64_t> first_block{blocks_of(args.prefix_tokens)};
-    std::vector<AttentionUnit> units;
     for (int64_t s = 0; s < args.sequences; ++s) {
-        first_block.push_back(first_block.back() +
-                              blocks_of(args.cu_seqlens_k[s + 1] - args.cu_seqlens_k[s]));
-        const int64_t queries = args.cu_seqlens_q[s + 1] - args.cu_seqlens_q[s];
-        for (int64_t first = 0; first < queries * args.heads / args.kv_heads; first += kAttentionQueries) {
-            units.push_back({s, first});
-        }
-    }
-    // Later units of a causal sequence see more keys: from both ends in turn, so that a thread's stretch of
-    // them holds both kinds.
-    std::vector<AttentionUnit> order;
-    for (size_t i = 0; i < units.size(); ++i) {
-        order.push_back(i % 2 ? units[units.size() - 1 - i / 2] : units[i / 2]);
+        first_block.push_back(first_block.back() + blocks_of(attention_keys_of(args, s)));
     }
     args.first_block = first_block.data();
-    args.units = order.data();
-    args.num_units = static_cast<int64_t>(order.size());
     const int64_t blocks = first_block.back(), head_bytes = blocks * attention_block_bytes(args);
     const int64_t heads_at_once =
         std::clamp(kPackedBytes / std::max<int64_t>(head_bytes, 1), int64_t(1), args.kv_heads);
@@ -112,7 +108,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
         const int64_t heads = std::min(heads_at_once, args.kv_heads - args.first_kv_head);
         torch::stable::parallel_for(0, heads * blocks, 1,
                                     [&](int64_t b, int64_t e) { attention_pack_cpu(args, b, e); });
-        torch::stable::parallel_for(0, heads * args.num_units, 1,
+        torch::stable::parallel_for(0, heads * attention_units(args), 1,
                                     [&](int64_t b, int64_t e) { attention_cpu(args, b, e); });
     }
     return {out, lse};

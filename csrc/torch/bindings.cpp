@@ -12,7 +12,8 @@
 STABLE_TORCH_LIBRARY(fastft, m) {
     // Of the CPU alone; a GPU has flash-attn's kernels.
     m.def(
-        "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? prefix_k, "
+        "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? "
+        "seqused_k, Tensor? prefix_k, "
         "Tensor? prefix_v, float scale, bool is_causal) -> (Tensor out, Tensor lse)");
     m.def(
         "log_softmax_kl(Tensor student_logits, Tensor teacher_logits, Tensor? weights, float temperature, "

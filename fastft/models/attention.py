@@ -177,20 +177,38 @@ def _has_kernel(q: torch.Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[-1] <= LARGEST_HEAD and ops.cpu_capability() not in (None, "scalar")
 
 
-def _attend_behind_prefixes(q, k, v, packed: PackedSequences, layer: int, scale: float) -> torch.Tensor:
-    """Every sequence's attention to its prefix, if any, and itself, by the CPU kernel: [1, T, H, D]."""
+def _attend_ragged(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences, layer: int, scale: float
+) -> torch.Tensor:
+    """Every sequence's attention to its prefix, its cache and itself, by the CPU kernel: [1, T, H, D]."""
+    ends_q = ends_k = packed.cu_seqlens
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
-    outs, sequence = [], 0
-    for prefix, count in packed.prefixes or [(None, len(packed.lengths))]:
-        cu_seqlens = packed.cu_seqlens[sequence : sequence + count + 1]
-        rows = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
-        k_prefix, v_prefix = (None, None) if prefix is None else (x[0].transpose(0, 1) for x in prefix.fetch(layer))
-        outs.append(
-            ops.attention(
-                q[rows], k[rows], v[rows], cu_seqlens - rows.start, prefix_k=k_prefix, prefix_v=v_prefix, scale=scale
-            )[0]
+    used = None
+    if packed.cache is not None:
+        k, v = (x.flatten(0, 1) for x in packed.extend_cache(layer, k, v))
+        ends_k = torch.arange(len(packed.lengths) + 1, dtype=torch.int32) * packed.cache.capacity
+        used = packed.seqused
+    if packed.prefixes is None:
+        return ops.attention(q, k, v, ends_q, ends_k, seqused_k=used, scale=scale)[0][None]
+    outs, first = [], 0
+    for prefix, count in packed.prefixes:
+        own = slice(first, first + count)
+        group_q, group_k = ends_q[first : first + count + 1], ends_k[first : first + count + 1]
+        rows_q, rows_k = (slice(int(ends[0]), int(ends[-1])) for ends in (group_q, group_k))
+        before = [x[0].transpose(0, 1) for x in prefix.fetch(layer)]
+        out, _ = ops.attention(
+            q[rows_q],
+            k[rows_k],
+            v[rows_k],
+            group_q - rows_q.start,
+            group_k - rows_k.start,
+            seqused_k=None if used is None else used[own],
+            prefix_k=before[0],
+            prefix_v=before[1],
+            scale=scale,
         )
-        sequence += count
+        outs.append(out)
+        first += count
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
 
 
@@ -236,10 +254,8 @@ def _attend_cached(
 ) -> OutputAndLSE:
     """Append k, v to the decode cache, then attend to it: out [B, H, L, D], lse [B, H, L]."""
     batch = len(packed.lengths)
-    k_cache, v_cache = packed.cache.buffers(layer, batch, k)
-    k_cache[packed.cache_slots] = k[0].transpose(0, 1)
-    v_cache[packed.cache_slots] = v[0].transpose(0, 1)
-    k_seen, v_seen = k_cache[:, :, : packed.seen], v_cache[:, :, : packed.seen]
+    written = packed.extend_cache(layer, *(x[0].transpose(0, 1) for x in (k, v)))
+    k_seen, v_seen = (x[:, : packed.seen].transpose(1, 2) for x in written)
     q_BHLD = _pad(q, packed)
     heads, kv_heads, longest = q.shape[1], k.shape[1], packed.longest
     if longest == 1:
@@ -303,8 +319,8 @@ def packed_attention(
     """transformers attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
     choice: who computes it, see `flash.select`; on a CPU, auto is the project's kernel where no gradient is needed, and
-    sdpa torch's. Decode caches and branches go through torch's masked kernels in any case. Attention dropout needs
-    padding: auto does that, a back end that is named refuses it.
+    sdpa torch's. Branches, and on a GPU decode caches, go through torch's masked kernels in any case. Attention dropout
+    needs padding: auto does that, a back end that is named refuses it.
     """
     if packed is None:
         raise ValueError('attention "fastft" needs packed=PackedSequences(...) in the model call')
@@ -318,8 +334,8 @@ def packed_attention(
     if packed.capture is not None:
         packed.capture.put(layer, key.detach(), value.detach())
     kernel = choice == "auto" and not gradient and not dropout and _has_kernel(query)
-    if kernel and packed.cache is None and packed.tree is None:
-        return _attend_behind_prefixes(query, key, value, packed, layer, scaling), None
+    if kernel and packed.tree is None:
+        return _attend_ragged(query, key, value, packed, layer, scaling), None
     own, own_lse = _attend_own(query, key, value, packed, layer, scaling, dropout, backend)
     if packed.prefixes is None:
         return own, None

@@ -18,6 +18,7 @@ def attention(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None = None,
     *,
+    seqused_k: Tensor | None = None,
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     scale: float,
@@ -28,8 +29,8 @@ def attention(
 
     q [T, H, D]; k, v [S, G, D], where H / G neighbouring query heads share a key/value head; prefix_k, prefix_v
     [C, G, D] or both None; cu_seqlens_q, cu_seqlens_k (None: the same) int32 [B + 1]: sequence i has the queries
-    cu_seqlens_q[i] to cu_seqlens_q[i + 1] and the keys cu_seqlens_k[i] to cu_seqlens_k[i + 1], and its last query is at
-    its last key. One dtype (float64, float32, bfloat16, float16); D at most 256, contiguous; other strides are free.
+    cu_seqlens_q[i] to cu_seqlens_q[i + 1] and the keys cu_seqlens_k[i] to cu_seqlens_k[i + 1], or with seqused_k int32
+    [B] the first seqused_k[i] of them (a cache with room to grow), and its last query is at its last key. One dtype (float64, float32, bfloat16, float16); D at most 256, contiguous; other strides are free.
 
     Returns out [T, H, D] and lse [H, T], the log-sum-exp of a query's scaled scores (float32; float64 for float64).
     A query that sees no key gives 0 and -inf. Scores and sums are float32 (float64); probabilities are rounded to the
@@ -41,14 +42,16 @@ def attention(
     https://arxiv.org/abs/2402.05099, here in one softmax with the sequence's own keys.
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix_k, prefix_v, scale)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, prefix_k, prefix_v, scale)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, prefix_k, prefix_v)):
         raise RuntimeError("attention: has no gradient; call it under torch.no_grad()")
     _extension.load()
-    return torch.ops.fastft.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix_k, prefix_v, scale, is_causal)
+    return torch.ops.fastft.attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, prefix_k, prefix_v, scale, is_causal
+    )
 
 
-def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix_k, prefix_v, scale) -> None:
+def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, prefix_k, prefix_v, scale) -> None:
     check_float("attention", "q", q)
     if q.device.type not in ("cpu", "meta"):
         raise ValueError(f"attention: q is on {q.device}; the kernel is the CPU's, a GPU has flash-attn's")
@@ -78,6 +81,13 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix_k, prefix_v, scale) -> No
         raise ValueError(
             f"attention: cu_seqlens_k is {shape_of(cu_seqlens_k)}, expected {shape_of(cu_seqlens_q)} like cu_seqlens_q"
         )
+    if seqused_k is not None:
+        check_like("attention", "seqused_k", seqused_k, "q", q, dtype=False)
+        if seqused_k.dtype != torch.int32 or seqused_k.shape != (len(cu_seqlens_k) - 1,):
+            raise ValueError(
+                f"attention: seqused_k is {seqused_k.dtype} {shape_of(seqused_k)}, expected int32 [sequences], "
+                f"[{len(cu_seqlens_k) - 1}]"
+            )
     if not scale > 0:
         raise ValueError(f"attention: scale is {scale}, expected a positive number")
 
@@ -85,7 +95,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix_k, prefix_v, scale) -> No
 def register() -> None:
     """Completes the compiled op: shapes without data. It has no gradient."""
 
-    def fake(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix_k, prefix_v, scale, is_causal):
+    def fake(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, prefix_k, prefix_v, scale, is_causal):
         return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=accumulate_dtype(q.dtype))
 
     torch.library.register_fake(torch.ops.fastft.attention.default)(fake)

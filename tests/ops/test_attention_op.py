@@ -79,7 +79,9 @@ def test_the_softmax_of_transformers_models():
 @pytest.mark.parametrize("prefix", [0, 9])
 def test_opcheck(prefix):
     tensors = inputs(4, 2, 16, prefix, torch.bfloat16)
-    args = [tensors.get(n) for n in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "prefix_k", "prefix_v")]
+    args = [
+        tensors.get(n) for n in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "prefix_k", "prefix_v")
+    ]
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastft.attention.default, (*args, 0.25, True), test_utils=tests)
 
@@ -111,7 +113,22 @@ def test_any_sizes_and_strides(data):
             tensors[x] = strided(data, tensors[x].permute(2, 0, 1)).permute(1, 2, 0)
             if tensors[x].stride(2) != 1:
                 tensors[x] = tensors[x].contiguous()
+    if data.draw(st.booleans(), label="room to grow"):
+        used = [data.draw(st.integers(n, m)) for n, m in zip(lengths, keys, strict=True)]
+        tensors["seqused_k"] = torch.tensor(used, dtype=torch.int32)
     check(tensors, torch.float64, is_causal=data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_a_decode_step(dtype):
+    """One new token each, behind a prefix and a cache that is not full; what lies beyond must not be read."""
+    sequences, capacity = 50, 12
+    tensors = inputs(9, 3, 64, 140, dtype, [1] * sequences, [capacity] * sequences)
+    used = torch.randint(1, capacity + 1, (sequences,), dtype=torch.int32)
+    beyond = torch.arange(capacity) >= used[:, None]
+    for x in ("k", "v"):
+        tensors[x].view(sequences, capacity, 3, 64)[beyond] = torch.nan
+    check(tensors | {"seqused_k": used}, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
@@ -175,6 +192,7 @@ def test_threads_do_not_change_results():
         ({"prefix_k": torch.zeros(9, 1, 16), "prefix_v": torch.zeros(9, 1, 16)}, "prefix_k has 1 heads, expected 2"),
         ({"cu_seqlens_q": offsets(LENGTHS).long()}, "cu_seqlens_q is torch.int64 .*, expected contiguous int32"),
         ({"cu_seqlens_k": offsets([202])}, r"cu_seqlens_k is \[2\], expected \[6\] like cu_seqlens_q"),
+        ({"seqused_k": torch.ones(4).int()}, r"seqused_k is torch.int32 \[4\], expected int32 \[sequences\], \[5\]"),
         ({"scale": 0.0}, "scale is 0.0, expected a positive number"),
     ],
 )
@@ -189,6 +207,13 @@ def test_offsets_that_do_not_fit_are_refused():
     for wrong in (offsets([5, 1, 130, 64, 3]), offsets([5, 1, 130, 64, 1]), torch.tensor([0, 9, 3, 10, 20, 202]).int()):
         with pytest.raises(RuntimeError, match="cu_seqlens_q must rise from 0 to q's tokens"):
             attention(**tensors | {"cu_seqlens_q": wrong}, scale=0.25)
+
+
+def test_more_keys_in_use_than_there_are_is_refused():
+    tensors = inputs(4, 2, 16, 9, torch.float32, [3, 2])
+    for wrong in ([3, 3], [-1, 2]):
+        with pytest.raises(RuntimeError, match="seqused_k must be between 0 and the keys"):
+            attention(**tensors | {"seqused_k": torch.tensor(wrong).int()}, scale=0.25)
 
 
 def test_a_gradient_is_refused():

@@ -18,7 +18,7 @@
 namespace fastft {
 
 constexpr int64_t kAttentionKeys = 128;    // of a block; a multiple of every vector's length
-constexpr int64_t kAttentionQueries = 48;  // (token, head) rows of a unit of work; a multiple of 6
+constexpr int64_t kAttentionQueries = 48;  // rows of a unit of work; a multiple of 6
 constexpr int64_t kAttentionHeadSize = 256;
 
 // [tokens, heads, head_size], the last dimension contiguous.
@@ -27,18 +27,11 @@ struct Heads {
     int64_t token_stride, head_stride;
 };
 
-// A stretch of queries of one sequence: rows [first, first + kAttentionQueries) of its tokens times the
-// query heads of a key/value head.
-struct AttentionUnit {
-    int64_t sequence, first;
-};
-
 struct AttentionArgs {
     Heads q, k, v, prefix_k, prefix_v;
     const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [sequences + 1]
+    const int32_t* seqused_k;    // [sequences]: how many of its keys a sequence has; null: all
     const int64_t* first_block;  // [sequences + 1]: of each sequence's own keys, behind the prefix's
-    const AttentionUnit* units;
-    int64_t num_units;
     void* packed;  // [heads of this round, first_block[sequences]] blocks of attention_block_bytes
     void* out;     // [tokens, heads, head_size]
     void* lse;     // [heads, tokens] Acc, natural logarithm
@@ -53,6 +46,17 @@ struct AttentionArgs {
 inline int64_t attention_block_bytes(const AttentionArgs& args) {
     const int64_t element = args.dtype == DType::Float64 ? 8 : 4, columns = (args.head_size + 63) / 64 * 64;
     return 2 * element * columns * kAttentionKeys;
+}
+
+// A row is a query token with one of the query heads that share a key/value head; the heads of a token stand
+// side by side, the sequences one behind the other, in units of kAttentionQueries.
+inline int64_t attention_units(const AttentionArgs& args) {
+    return (args.tokens * (args.heads / args.kv_heads) + kAttentionQueries - 1) / kAttentionQueries;
+}
+
+inline int64_t attention_keys_of(const AttentionArgs& args, int64_t sequence) {
+    return args.seqused_k ? args.seqused_k[sequence]
+                          : args.cu_seqlens_k[sequence + 1] - args.cu_seqlens_k[sequence];
 }
 
 // Over [head of this round, block] and then over [head of this round, unit].
