@@ -217,7 +217,7 @@ class PackedSequences:
         return self.prefixes is None and self.cache is None and self.tree is None
 
     def extend_cache(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeyValue:
-        """Write this pack's keys and values [T, G, D] behind those of their sequences; all of them, [B, capacity, G, D]."""
+        """Write this pack's keys and values [T, G, D] behind those of their sequences; returns [B, capacity, G, D]."""
         k_cache, v_cache = self.cache.buffers(layer, len(self.lengths), k)
         k_cache[self.cache_slots] = k
         v_cache[self.cache_slots] = v

@@ -30,7 +30,8 @@ def attention(
     q [T, H, D]; k, v [S, G, D], where H / G neighbouring query heads share a key/value head; prefix_k, prefix_v
     [C, G, D] or both None; cu_seqlens_q, cu_seqlens_k (None: the same) int32 [B + 1]: sequence i has the queries
     cu_seqlens_q[i] to cu_seqlens_q[i + 1] and the keys cu_seqlens_k[i] to cu_seqlens_k[i + 1], or with seqused_k int32
-    [B] the first seqused_k[i] of them (a cache with room to grow), and its last query is at its last key. One dtype (float64, float32, bfloat16, float16); D at most 256, contiguous; other strides are free.
+    [B] the first seqused_k[i] of them (a cache with room to grow); its last query is at its last key. One dtype
+    (float64, float32, bfloat16, float16); D at most 256, contiguous; other strides are free.
 
     Returns out [T, H, D] and lse [H, T], the log-sum-exp of a query's scaled scores (float32; float64 for float64).
     A query that sees no key gives 0 and -inf. Scores and sums are float32 (float64); probabilities are rounded to the
