@@ -4,7 +4,8 @@ python benchmarks/bench_attention.py --device cpu
 python benchmarks/bench_attention.py --device cuda --model llama-3-8b --sequences 32 --longest 512 --context 2048
 
 `fastft` is `packed_attention` as model.attention=auto runs it (on a CPU the project's own kernel where no gradient is
-needed), `fastft_NAME` with another back end that can be used here, `fastft_sdpa` padded through torch's. Lengths are uniform from an eighth of the longest to the longest. Peers of a pack, forward and backward:
+needed), `fastft_NAME` with another back end that can be used here, `fastft_sdpa` padded through torch's. Lengths are
+uniform from an eighth of the longest to the longest. Peers of a pack, forward and backward:
 
     padded    torch's scaled_dot_product_attention over [B, H, longest, D], without what padding itself costs
     masked    the same over one row [1, H, T, D] with a block-causal mask [T, T]; key/value heads expanded, without

@@ -206,9 +206,8 @@ class PackedSequences:
             self.cache_slots = (row, cache.lengths[row] + column)
             last = cache.lengths[:, None] + torch.arange(self.longest, device=device)  # slot of each padded query
             self.seen = int(cache.lengths.max()) + self.longest
-            self.seqused = (
-                cache.lengths + torch.tensor(lengths, device=device)
-            ).int()  # of each, the new ones included
+            # Keys of each sequence in the cache, the new ones included.
+            self.seqused = (cache.lengths + torch.tensor(lengths, device=device)).int()
             # [B, 1, L, seen]: a query sees its own sequence's slots up to its own.
             self.visible = (torch.arange(self.seen, device=device) <= last[:, :, None])[:, None]
 
