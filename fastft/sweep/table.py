@@ -29,7 +29,8 @@ NAMED = {
     "seed": "seed",
     "data.seed": "data_seed",
 }
-COSTS = ("peak_memory_bytes", "trained_parameters", "inference_tokens_per_query")
+# What a row costs, in the last columns. Seconds, memory and speed are all that differs when a run is done again.
+COSTS = ("seconds", "peak_memory_bytes", "trained_parameters", "inference_tokens_per_query", "tokens_per_s")
 
 
 def rows_of(run: Run, summary: dict[str, Any], keys: list[str]) -> list[dict[str, Any]]:
@@ -51,16 +52,19 @@ def rows_of(run: Run, summary: dict[str, Any], keys: list[str]) -> list[dict[str
         "data_seed": run.config.data_seed,
         **{key: _value(plain, key) for key in keys if key not in NAMED},
     }
-    costs = {"seconds": summary["seconds"]["total"], **{key: summary.get(key) for key in COSTS}}
-    sets = summary.get("sets") or {run.config.data.task: summary}
-    return [{**about, "set": name, **_figures(own, about, costs), **costs} for name, own in sets.items()]
+    seconds = {"seconds": summary["seconds"]["total"]}  # of the run; a set has its own
+    rows = []
+    for name, own in (summary.get("sets") or {run.config.data.task: summary}).items():
+        found = {**summary, **own, **seconds}
+        rows.append({**about, "set": name, **_figures(own, about), **{key: found.get(key) for key in COSTS}})
+    return rows
 
 
-def _figures(found: dict[str, Any], about: dict[str, Any], costs: dict[str, Any]) -> dict[str, Any]:
+def _figures(found: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a set, each followed by the ends of its interval; what a row says elsewhere is left out."""
     figures = {}
     for key, value in found.items():
-        if key in about or key in costs or isinstance(value, bool) or not isinstance(value, int | float):
+        if key in about or key in COSTS or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         figures[key] = value
         if key in found.get("intervals", {}):
@@ -82,7 +86,7 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow.parquet
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns.sort(key=lambda key: key == "seconds" or key in COSTS)  # stable: the cost last
+    columns.sort(key=lambda key: key in COSTS)  # stable: the cost last
     with replaced(folder / "results.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -97,21 +101,27 @@ SHOWN = {"accuracy": percent, "mcc": number, "nll": number, "recovery": number}
 
 def seeds_table(sweep: Sweep, rows: list[dict[str, Any]]) -> Table:
     """For a terminal: mean and standard deviation over the seeds of what is otherwise the same."""
-    differing = [NAMED.get(key, key) for key in sweep.keys if key not in ("seed", "data.seed")]
-    heads = list(dict.fromkeys(["method", "peft", "task", "set", *differing]))
-    heads = [head for head in heads if head in ("method", "set") or len({str(row.get(head)) for row in rows}) > 1]
-    groups = defaultdict(list)
-    for row in rows:
-        groups[tuple("" if row.get(head) is None else str(row[head]) for head in heads)].append(row)
+    heads = ["method", "peft", "task", "set"]
+    for key in sweep.keys:  # those that tell apart what these heads do not
+        name = NAMED.get(key, key)
+        if name not in ("seed", "data_seed", *heads) and len(_groups(rows, heads)) < len(_groups(rows, [*heads, name])):
+            heads.append(name)
     figures = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
     table = Table(title=f"{sweep.output_dir}: mean ± standard deviation over seeds", title_justify="left")
     for head in (*heads, "runs", *(name if name != "mcc" else "MCC" for name in figures), "seconds"):
         table.add_column(head, justify="left" if head in heads else "right")
-    for own, found in groups.items():
+    for own, found in _groups(rows, heads).items():
         cells = [_spread([row[name] for row in found if row.get(name) is not None], SHOWN[name]) for name in figures]
         seconds = statistics.mean(row["seconds"] for row in found)
         table.add_row(*own, str(len(found)), *cells, f"{seconds:.0f}")
     return table
+
+
+def _groups(rows: list[dict[str, Any]], heads: list[str]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple("" if row.get(head) is None else str(row[head]) for head in heads)].append(row)
+    return groups
 
 
 def _spread(values: list[float], shown) -> str:
