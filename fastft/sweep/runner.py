@@ -174,8 +174,8 @@ class Runner:
         if self.failed:
             problems = "\n".join(self.failed.values())
             raise FastftError(
-                f"{len(self.failed)} of {len(self.runs)} runs failed, {done} are done; the same command tries those that "
-                f"failed again\n{problems}"
+                f"{len(self.failed)} of {len(self.runs)} runs failed, {done} are done; the same command tries the failed "
+                f"ones again\n{problems}"
             )
         return 0
 

@@ -108,7 +108,7 @@ def seeds_table(sweep: Sweep, rows: list[dict[str, Any]]) -> Table:
             heads.append(name)
     figures = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
     table = Table(title=f"{sweep.output_dir}: mean ± standard deviation over seeds", title_justify="left")
-    for head in (*heads, "runs", *(name if name != "mcc" else "MCC" for name in figures), "seconds"):
+    for head in (*heads, "runs", *(name.upper() if name in ("mcc", "nll") else name for name in figures), "seconds"):
         table.add_column(head, justify="left" if head in heads else "right")
     for own, found in _groups(rows, heads).items():
         cells = [_spread([row[name] for row in found if row.get(name) is not None], SHOWN[name]) for name in figures]
