@@ -172,10 +172,9 @@ class Runner:
                 f"stopped: {done} of {len(self.runs)} runs are done; the same command goes on", self.signums[0]
             )
         if self.failed:
-            problems = "\n".join(self.failed.values())
             raise FastftError(
-                f"{len(self.failed)} of {len(self.runs)} runs failed, {done} are done; the same command tries the failed "
-                f"ones again\n{problems}"
+                f"{len(self.failed)} of {len(self.runs)} runs failed, {done} are done; the same command tries the "
+                "failed ones again\n" + "\n".join(self.failed.values())
             )
         return 0
 
