@@ -105,7 +105,7 @@ def load_sweep(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] =
         raise ConfigError(list_problems(str(path), problems))
     base = _base(file, str(path))
     axes = list(_axes(file))
-    of_axes = [sorted({key for _, values in axis for key in values}) for axis in axes]
+    of_axes = [dict.fromkeys(key for _, values in axis for key in values) for axis in axes]
     counts = Counter(itertools.chain(*of_axes))
     problems = [f"{key}: is set in two places of runs and grid; keep one" for key, count in counts.items() if count > 1]
     problems += [f"{key}: the sweep says this to each run itself; remove it" for key in OWN if key in counts]

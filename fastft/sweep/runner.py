@@ -85,7 +85,7 @@ class Runner:
                         if own.process.poll() is not None:
                             del self.started[place]
                             self.finish(own)
-                    advance(len(self.runs) - len(pending) - len(self.started), self.left(len(pending)))
+                    advance(sum(run.folder in self.summaries for run in self.runs), self.left())
                     time.sleep(POLL_SECONDS)
             finally:
                 for own in self.started.values():
@@ -197,7 +197,7 @@ class Runner:
                 write_table(self.sweep.output_dir, rows)
         return rows
 
-    def left(self, pending: int) -> str:
+    def left(self) -> str:
         """Seconds to go by the mean of the runs that are done, those of the same method where there are any."""
         seconds = defaultdict(list)
         for run in self.runs:
@@ -317,10 +317,14 @@ def _die_with(parent: int) -> None:
 
 def _gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may say to a run, one GPU each."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return visible.split(",") if visible else []
+    if not any(Path("/dev").glob("nvidia[0-9]*")):  # spare the import
+        return []
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _headline(name: str, figures: dict[str, Any]) -> str:

@@ -85,6 +85,8 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
+    for partial in folder.glob(".results.*.partial-*"):  # of a sweep that was killed; one writes at a time
+        partial.unlink()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns.sort(key=lambda key: key in COSTS)  # stable: the cost last
     with replaced(folder / "results.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
