@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import subprocess
 import sys
 import time
@@ -18,27 +19,27 @@ from tests.conftest import ROOT, clean_environment
 STUB = Path(__file__).with_name("stub_train.py")
 
 
+def write_sweep(folder: Path, **changes) -> Path:
+    """The file of a sweep of two methods and three seeds of RTE, with changes; six runs of a stub."""
+    raw = {
+        "output_dir": str(folder / "sweep"),
+        "parallel": 2,
+        "base": {"data": {"task": "rte", "ood": ["hans"]}, "icl": {"num_shots": 4}},
+        "runs": {"icl": {"method": "icl"}, "pbft-lora": {"method": "pbft", "peft.kind": "lora"}},
+        "grid": {"seed": [0, 1, 2]},
+        **changes,
+    }
+    path = folder / f"sweep-{len(list(folder.glob('sweep-*')))}.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
 @pytest.fixture
 def sweep_file(tmp_path):
-    """A function: the file of a sweep of two methods and three seeds of RTE, with changes; six runs of a stub."""
-
-    def make(**changes) -> Path:
-        raw = {
-            "output_dir": str(tmp_path / "sweep"),
-            "parallel": 2,
-            "base": {"data": {"task": "rte", "ood": ["hans"]}, "icl": {"num_shots": 4}},
-            "runs": {"icl": {"method": "icl"}, "pbft-lora": {"method": "pbft", "peft.kind": "lora"}},
-            "grid": {"seed": [0, 1, 2]},
-            **changes,
-        }
-        path = tmp_path / f"sweep-{len(list(tmp_path.glob('sweep-*')))}.yaml"
-        path.write_text(yaml.safe_dump(raw, sort_keys=False))
-        return path
-
-    return make
+    return functools.partial(write_sweep, tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start():
     """A function: `fastft sweep` with arguments as a process; with another train.py where one is given."""
     started = []

@@ -48,7 +48,7 @@ summary = {
     "pattern": "minimal",
     "num_shots": config["icl"]["num_shots"],
     "balanced": config["icl"]["balanced"],
-    "sets": {name: figures for name in (config["data"]["task"], *config["data"]["ood"])},
+    "sets": dict.fromkeys((config["data"]["task"], *config["data"]["ood"]), figures),
     "seconds": {"total": time.monotonic()},
     "peak_memory_bytes": 1000 + os.getpid(),
     "trained_parameters": 0 if config["method"] == "icl" else 5,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 
 from fastft.cli import main
@@ -22,7 +21,10 @@ def test_runs_are_every_combination_in_the_order_of_the_file(sweep_file):
     sweep = load_sweep(
         sweep_file(
             grid={
-                "task": {"rte": {"data": {"task": "rte", "ood": ["hans"]}}, "qqp": {"data": {"task": "qqp", "ood": []}}},
+                "task": {
+                    "rte": {"data": {"task": "rte", "ood": ["hans"]}},
+                    "qqp": {"data": {"task": "qqp", "ood": []}},
+                },
                 "icl.num_shots": [2, 4],
                 "seed": [0, 1],
             },

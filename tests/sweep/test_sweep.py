@@ -8,11 +8,12 @@ import re
 import signal
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import yaml
 
 from fastft.sweep.grid import load_sweep
-from tests.sweep.conftest import STUB, ends, read_rows, table, wait_until
+from tests.sweep.conftest import STUB, ends, read_rows, table, wait_until, write_sweep
 
 
 def logs(folder: Path) -> dict[str, str]:
@@ -45,6 +46,11 @@ def test_every_run_is_done_once_and_in_the_table(sweep_file, start, tmp_path):
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     assert all(f", {share} threads" in log for log in logs(folder).values())
 
+    stored = pyarrow.parquet.read_table(folder / "results.parquet")
+    assert stored.column_names == list(rows[0])
+    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in stored.to_pylist()] == rows
+    assert str(stored.schema.field("accuracy").type) == "double" and str(stored.schema.field("seed").type) == "int64"
+
     before = sorted(begun(folder))
     again = ends(start("--cfg", path))
     assert "6 runs, 6 done" in again and "starts" not in again
@@ -53,17 +59,6 @@ def test_every_run_is_done_once_and_in_the_table(sweep_file, start, tmp_path):
     more = ends(start("--cfg", path, "grid.seed=[0,1,2,3]"))
     assert "8 runs, 6 done" in more and more.count("starts") == 2
     assert len(read_rows(folder)) == 16
-
-
-def test_parquet_equals_csv(sweep_file, start, tmp_path):
-    import pyarrow.parquet
-
-    ends(start("--cfg", sweep_file()))
-    stored = pyarrow.parquet.read_table(tmp_path / "sweep" / "results.parquet")
-    rows = read_rows(tmp_path / "sweep")
-    assert stored.column_names == list(rows[0])
-    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in stored.to_pylist()] == rows
-    assert str(stored.schema.field("accuracy").type) == "double" and str(stored.schema.field("seed").type) == "int64"
 
 
 def test_columns_are_stable(sweep_file, start, tmp_path):
@@ -108,10 +103,15 @@ def test_parts_fill_one_table(sweep_file, start, tmp_path):
     assert len(read_rows(tmp_path / "sweep")) == 12
 
 
-@pytest.mark.parametrize("moment", ["at once", "first log", "first run", "first table", "third run", "fifth run"])
-def test_killed_at_any_moment_the_table_is_the_same(sweep_file, start, tmp_path, moment):
-    undisturbed = sweep_file(output_dir=str(tmp_path / "undisturbed"))
-    ends(start("--cfg", undisturbed))
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ends(start("--cfg", write_sweep(folder)))
+    return table(folder / "sweep")
+
+
+@pytest.mark.parametrize("moment", ["at once", "first log", "first run", "first table", "fifth run"])
+def test_killed_at_any_moment_the_table_is_the_same(undisturbed, sweep_file, start, tmp_path, moment):
     path, folder = sweep_file(), tmp_path / "sweep"
     process = start("--cfg", path)
     moments = {
@@ -119,7 +119,6 @@ def test_killed_at_any_moment_the_table_is_the_same(sweep_file, start, tmp_path,
         "first log": lambda: logs(folder),
         "first run": lambda: begun(folder),
         "first table": lambda: (folder / "results.csv").exists(),
-        "third run": lambda: len(begun(folder)) >= 3,
         "fifth run": lambda: len(begun(folder)) >= 5,
     }
     wait_until(moments[moment])
@@ -129,7 +128,7 @@ def test_killed_at_any_moment_the_table_is_the_same(sweep_file, start, tmp_path,
     wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and _is_stub(pid) for pid in killed), 5)
     assert len(list((folder / "runs").glob("*/summary.json"))) < 6
     ends(start("--cfg", path))
-    assert table(folder) == table(tmp_path / "undisturbed")
+    assert table(folder) == undisturbed
     assert sorted(p.name for p in folder.iterdir()) == ["logs", "results.csv", "results.parquet", "runs"]
 
 
@@ -138,15 +137,6 @@ def _is_stub(pid: str) -> bool:
         return str(STUB.name) in Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:  # it has ended since
         return False
-
-
-def test_what_a_killed_sweep_left_of_its_table_goes(sweep_file, start, tmp_path):
-    path, folder = sweep_file(), tmp_path / "sweep"
-    ends(start("--cfg", path))
-    (folder / ".results.csv.partial-1").write_text("half a ta")
-    (folder / "results.csv").write_text("")
-    ends(start("--cfg", path))
-    assert len(read_rows(folder)) == 12 and not list(folder.glob(".results*"))
 
 
 def test_sigint_lets_the_runs_write_their_checkpoints(sweep_file, start, tmp_path):
@@ -175,7 +165,7 @@ def test_a_folder_with_something_else_is_left_alone(sweep_file, start, tmp_path)
 
 
 def test_a_run_of_another_config_in_its_folder_is_not_taken_for_done(sweep_file, start, tmp_path):
-    path = sweep_file()
+    path, folder = sweep_file(), tmp_path / "sweep"
     ends(start("--cfg", path))
     [first, *_] = load_sweep(path).runs
     stored = yaml.safe_load((first.folder / "config.yaml").read_text())
@@ -183,5 +173,8 @@ def test_a_run_of_another_config_in_its_folder_is_not_taken_for_done(sweep_file,
     summary = json.loads((first.folder / "summary.json").read_text())
     summary["sets"]["rte"]["accuracy"] = 0.001
     (first.folder / "summary.json").write_text(json.dumps(summary))
+    (folder / ".results.csv.partial-1").write_text("half a ta")  # of a sweep that was killed
+    (folder / "results.csv").write_text("")
     said = ends(start("--cfg", path))
-    assert said.count("starts") == 1 and read_rows(tmp_path / "sweep")[0]["accuracy"] == "0.375"
+    assert said.count("starts") == 1 and read_rows(folder)[0]["accuracy"] == "0.375"
+    assert len(read_rows(folder)) == 12 and not list(folder.glob(".results*"))
