@@ -23,7 +23,8 @@ def stop(signum, frame):
     sys.exit(128 + signum)
 
 
-print(f"pid {os.getpid()}, {config['deepspeed']['threads_per_rank']} threads", flush=True)
+threads, gpu = config["deepspeed"]["threads_per_rank"], os.environ.get("CUDA_VISIBLE_DEVICES")
+print(f"pid {os.getpid()}, {threads} threads, GPU {gpu}", flush=True)
 folder.mkdir(parents=True, exist_ok=config.get("resume") == "auto")
 (folder / "config.yaml").write_text(path.read_text())
 if log_every == 2 and not (folder.parents[1] / "mended").exists():

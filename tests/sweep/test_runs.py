@@ -43,6 +43,7 @@ def distillations(tmp_path, tiny):
     return make
 
 
+@pytest.mark.slow
 def test_runs_share_a_teacher_and_survive_a_kill(distillations, start, tmp_path):
     path, folder = distillations("undisturbed")
     ends(start("--cfg", path, train=TRAIN, TORCH_EXTENSIONS_DIR=str(tmp_path / "built")))

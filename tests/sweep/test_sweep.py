@@ -44,7 +44,7 @@ def test_every_run_is_done_once_and_in_the_table(sweep_file, start, tmp_path):
     assert (icl["peft"], pbft["peft"], pbft["num_shots"], pbft["data_seed"]) == ("", "lora", "4", "2")
     assert pbft["inference_tokens_per_query"] == "9.5" and pbft["trained_parameters"] == "5"
     share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert all(f", {share} threads" in log for log in logs(folder).values())
+    assert all(f", {share} threads, GPU None" in log for log in logs(folder).values())
 
     stored = pyarrow.parquet.read_table(folder / "results.parquet")
     assert stored.column_names == list(rows[0])
@@ -93,6 +93,12 @@ def test_two_sweeps_on_one_folder_share_the_work(sweep_file, start, tmp_path):
     assert all(text.count("starts") for text in said)
     assert len(begun(folder)) == len(set(begun(folder))) == 16
     assert len(read_rows(folder)) == 32
+
+
+def test_gpus_are_divided_among_the_runs(sweep_file, start, tmp_path):
+    ends(start("--cfg", sweep_file(), CUDA_VISIBLE_DEVICES="5,7"))
+    used = {re.search(r"GPU (\S+)", log)[1] for log in logs(tmp_path / "sweep").values()}
+    assert used == {"5", "7"}
 
 
 def test_parts_fill_one_table(sweep_file, start, tmp_path):
