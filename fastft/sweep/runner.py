@@ -38,6 +38,7 @@ from fastft.sweep.table import rows_of, seeds_table, write_table
 TRAIN = Path(fastft.__file__).with_name("train.py")
 POLL_SECONDS = 0.1
 LAST_LINES = 6
+TABLE_WIDTH = 120  # where there is no terminal to ask
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LIBC = ctypes.CDLL(None)
@@ -61,7 +62,8 @@ class Runner:
     signums: list[int] = field(default_factory=list)
 
     def __post_init__(self):
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        tty = sys.stdout.isatty()
+        self.console = Console(highlight=False, soft_wrap=not tty, width=None if tty else TABLE_WIDTH)
         self.summaries: dict[Path, dict[str, Any]] = {}  # what is done stays done
         self.gpus = _gpus() if self.sweep.parallel > 1 else []
 
