@@ -1,0 +1,234 @@
+"""`fastft report`: what finished runs found, side by side, as tables, pictures and one page.
+
+A *setting* is what is compared: a method with its kind of parameters, and whatever else of the config differs among its
+runs. Its runs differ in their seeds, and are paired by them with those of other settings.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastft.errors import DataError
+from fastft.report.stats import RESAMPLES, Estimate, bootstrap, resample_examples
+
+
+class Cost(NamedTuple):
+    """name: with the unit that it is shown in; unit: how much that is in the table."""
+
+    name: str
+    unit: float = 1
+
+
+COSTS = {
+    "seconds": Cost("seconds"),
+    "peak_memory_bytes": Cost("peak memory, GiB", 2**30),
+    "trained_parameters": Cost("trained parameters"),
+    "inference_tokens_per_query": Cost("tokens per query"),
+}
+NAMES = {
+    "icl": "ICL",
+    "pbft": "PBFT",
+    "ft": "FT",
+    "distill": "distillation",
+    "lora": "LoRA",
+    "bitfit": "BitFit",
+    "full": "full",
+    "head": "head",
+}
+DETAILS = ("pattern", "balanced", "calibrated", "split")  # in a setting's name where they differ, as dotted keys are
+
+Row = dict[str, Any]
+Seed = tuple[Any, Any]
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """What is compared within: a model with a number of labelled examples of a task."""
+
+    model: str
+    task: str
+    num_shots: int
+
+
+@dataclass
+class Scores:
+    """The runs of a setting on one set, by seed: accuracies [S], and the same under draws of the examples [S, R]."""
+
+    rows: dict[Seed, Row]
+    resampled: dict[Seed, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        return np.array([row["accuracy"] for row in self.rows.values()])
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        return bootstrap(self.accuracy, np.stack([self.resampled[seed] for seed in self.rows]))
+
+    @property
+    def majority(self) -> float | None:
+        return next(iter(self.rows.values())).get("majority")
+
+    def mean(self, key: str) -> float | None:
+        """Of a cost; None where a run does not say it."""
+        values = [row.get(key) for row in self.rows.values()]
+        return None if None in values else float(np.mean(values))
+
+    def beside(self, other: Scores) -> tuple[np.ndarray, np.ndarray]:
+        """Both at the n seeds that both have: [n, 2], and under draws of the examples [n, 2, R]."""
+        seeds, both = [seed for seed in self.rows if seed in other.rows], (self, other)
+        points = np.array([[scores.rows[seed]["accuracy"] for scores in both] for seed in seeds])
+        resampled = np.array([[scores.resampled[seed] for scores in both] for seed in seeds])
+        return points, resampled
+
+    def minus(self, other: Scores) -> Estimate | None:
+        """The paired difference over the seeds that both have; None without one."""
+        points, resampled = self.beside(other)
+        return bootstrap(points[:, 0] - points[:, 1], resampled[:, 0] - resampled[:, 1]) if len(points) else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """scores: group -> set -> setting -> Scores; settings, and the sets of a task, its own first, in their order."""
+
+    scores: dict[Group, dict[str, dict[str, Scores]]]
+    settings: list[str]
+
+    @property
+    def panels(self) -> list[tuple[Group, str | None]]:
+        """Each group with each of its sets of another distribution, or with None where it has none."""
+        return [
+            (group, name)
+            for group, sets in self.scores.items()
+            for name in ([name for name in sets if name != group.task] or [None])
+        ]
+
+    def title(self, group: Group) -> str:
+        """What of the model and the shots differs between groups."""
+        parts = [group.model] if len({g.model for g in self.scores}) > 1 else []
+        parts += [f"{group.num_shots} shots"] if len({g.num_shots for g in self.scores}) > 1 else []
+        return ", ".join(parts)
+
+
+def read(folders: Iterable[Path]) -> list[Row]:
+    """A row for each run and evaluated set; raises DataError where a folder holds nothing finished."""
+    rows = [row for folder in folders for row in _read_folder(folder)]
+    rows = [row for row in rows if row.get("accuracy") is not None]
+    if not rows:
+        raise DataError("fastft report: no run here evaluates a classification task; there is nothing to compare yet")
+    return rows
+
+
+def _read_folder(folder: Path) -> list[Row]:
+    if not (folder / "results.csv").is_file():
+        raise DataError(
+            f"{folder}: nothing in it is finished: expected the results.csv of a sweep or the summary.json of a run"
+        )
+    with open(folder / "results.csv", encoding="utf-8", newline="") as file:
+        rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    missing = [key for key in ("method", "task", "set", "model", "accuracy") if rows and key not in rows[0]]
+    if missing:
+        raise DataError(f"{folder / 'results.csv'}: has no column {', '.join(missing)}; expected a table of fastft sweep")
+    return [{**row, "folder": folder / "runs" / str(row.get("folder"))} for row in rows]
+
+
+def _value(text: str | None) -> Any:
+    """A cell of a table: a number, a word, or None where it is empty."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except (TypeError, ValueError):
+            continue
+    return text or None
+
+
+def compare(rows: list[Row]) -> Comparison:
+    """Group the rows, and read the runs' predictions.
+
+    Raises DataError for two runs that differ in nothing, and for runs that were asked different examples.
+    """
+    labels = name_settings(rows)
+    scores: dict[Group, dict[str, dict[str, Scores]]] = defaultdict(lambda: defaultdict(dict))
+    for row, label in zip(rows, labels, strict=True):
+        group = Group(str(row["model"]), str(row["task"]), row.get("num_shots") or 0)
+        own = scores[group][str(row["set"])].setdefault(label, Scores({}))
+        seed = (row.get("seed"), row.get("data_seed"))
+        if seed in own.rows:
+            raise DataError(
+                f"{own.rows[seed]['run']} and {row['run']}: are both {label} on {row['set']} with seed {seed[0]}; a "
+                "comparison needs each run once"
+            )
+        own.rows[seed] = row
+    by_set = defaultdict(list)
+    for group, sets in scores.items():
+        for name, settings in sets.items():
+            by_set[name] += settings.values()
+    for name, found in by_set.items():
+        _resample(name, found)
+    ordered = {group: dict(sorted(sets.items(), key=lambda s: s[0] != group.task)) for group, sets in scores.items()}
+    return Comparison(ordered, list(dict.fromkeys(labels)))
+
+
+def name_settings(rows: list[Row]) -> list[str]:
+    """For each row the method, its kind of parameters, and what else differs among that method's runs of a group."""
+    details = [key for key in dict.fromkeys(key for row in rows for key in row) if key in DETAILS or "." in key]
+    kinds = [(row["method"], row.get("peft")) for row in rows]
+    found = defaultdict(lambda: defaultdict(set))
+    for row, kind in zip(rows, kinds, strict=True):
+        for key in details:
+            found[kind, key][row["model"], row["task"], row.get("num_shots")].add(row.get(key))
+    differing = {own: any(len(values) > 1 for values in groups.values()) for own, groups in found.items()}
+
+    def name(row: Row, kind: tuple) -> str:
+        parts = [NAMES.get(word, str(word)) for word in kind if word]
+        for key in details:
+            value = row.get(key)
+            if not differing[kind, key] or value in (None, "False"):
+                continue
+            short = key.rpartition(".")[2]
+            parts.append(short if value == "True" else f"{short}={value}")
+        return " ".join(parts)
+
+    return list(map(name, rows, kinds))
+
+
+def _resample(name: str, found: list[Scores]) -> None:
+    """Fill in `resampled` of all runs on a set, with the same draws of examples for all that kept their predictions."""
+    runs = [(own, seed, row) for own in found for seed, row in own.rows.items()]
+    kept = [(own, seed, row, *answers) for own, seed, row in runs if (answers := _predictions(row["folder"], name))]
+    asked = [(row["run"], row.get("examples")) for _, _, row in runs] + [(row["run"], gold) for _, _, row, gold, _ in kept]
+    first: dict[type, tuple[str, Any]] = {}
+    for run, examples in asked:
+        one, expected = first.setdefault(type(examples), (run, examples))
+        if examples != expected:
+            raise DataError(
+                f"{name}: {one} and {run} were asked different examples; compare runs with the same data.split and "
+                "evaluate.max_examples"
+            )
+    for own, seed, row in runs:
+        own.resampled[seed] = np.full(RESAMPLES, row["accuracy"])
+    if kept:
+        drawn = resample_examples(np.array([correct for *_, correct in kept]))
+        for (own, seed, *_), accuracies in zip(kept, drawn, strict=True):
+            own.resampled[seed] = accuracies
+
+
+def _predictions(folder: Path, name: str) -> tuple[list[int], list[bool]] | None:
+    """The labels of a set's examples, and whether the run got them right; None where it kept no predictions."""
+    path = folder / "predictions.jsonl"
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8") as file:
+        own = [found for found in map(json.loads, file) if found["set"] == name]
+    own.sort(key=lambda found: found["index"])
+    return [found["label"] for found in own], [found["label"] == found["predicted"] for found in own]
