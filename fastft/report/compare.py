@@ -7,7 +7,6 @@ runs. Its runs differ in their seeds, and are paired by them with those of other
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -138,7 +137,9 @@ def _read_folder(folder: Path) -> list[Row]:
         rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
     missing = [key for key in ("method", "task", "set", "model", "accuracy") if rows and key not in rows[0]]
     if missing:
-        raise DataError(f"{folder / 'results.csv'}: has no column {', '.join(missing)}; expected a table of fastft sweep")
+        raise DataError(
+            f"{folder / 'results.csv'}: has no column {', '.join(missing)}; expected what fastft sweep writes"
+        )
     return [{**row, "folder": folder / "runs" / str(row.get("folder"))} for row in rows]
 
 
@@ -170,7 +171,7 @@ def compare(rows: list[Row]) -> Comparison:
             )
         own.rows[seed] = row
     by_set = defaultdict(list)
-    for group, sets in scores.items():
+    for sets in scores.values():
         for name, settings in sets.items():
             by_set[name] += settings.values()
     for name, found in by_set.items():
@@ -206,7 +207,9 @@ def _resample(name: str, found: list[Scores]) -> None:
     """Fill in `resampled` of all runs on a set, with the same draws of examples for all that kept their predictions."""
     runs = [(own, seed, row) for own in found for seed, row in own.rows.items()]
     kept = [(own, seed, row, *answers) for own, seed, row in runs if (answers := _predictions(row["folder"], name))]
-    asked = [(row["run"], row.get("examples")) for _, _, row in runs] + [(row["run"], gold) for _, _, row, gold, _ in kept]
+    asked = [(row["run"], row.get("examples")) for _, _, row in runs] + [
+        (row["run"], gold) for _, _, row, gold, _ in kept
+    ]
     first: dict[type, tuple[str, Any]] = {}
     for run, examples in asked:
         one, expected = first.setdefault(type(examples), (run, examples))

@@ -47,7 +47,7 @@ STYLE = {
     "lines.markersize": 5.5,
     "pdf.fonttype": 42,  # TrueType: what publishers ask for
     "svg.hashsalt": "fastft",  # the same picture is the same file
-    **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 MAJORITY = {"color": INK, "linewidth": 0.7, "linestyle": (0, (4, 3)), "alpha": 0.6, "zorder": 1}
 
@@ -85,7 +85,9 @@ def scatter(comparison: Comparison) -> Figure | None:
             if setting in own and setting in other:
                 ends += _mean_and_seeds(ax, _look(comparison, setting), own[setting], other[setting])
         ends += [*_majority(ax.axvline, own), *_majority(ax.axhline, other)]
-        ax.set(xlabel=f"in domain: {group.task} (%)", ylabel=f"out of domain: {name} (%)", title=comparison.title(group))
+        ax.set(
+            xlabel=f"in domain: {group.task} (%)", ylabel=f"out of domain: {name} (%)", title=comparison.title(group)
+        )
     margin = 0.04 * (max(ends) - min(ends)) + 0.5
     limits = min(ends) - margin, max(ends) + margin
     for ax in axes:
@@ -235,10 +237,8 @@ def _majority(line: Callable[..., object], found: dict[str, Scores]) -> list[flo
 
 def _with_legend(figure: Figure, comparison: Comparison, more: list[Line2D]) -> Figure:
     """The settings' names under the panels, in as many columns as fit."""
-    handles = [
-        Line2D([], [], linestyle="none", markeredgecolor="white", markeredgewidth=0.5, label=setting, **_look(comparison, setting))
-        for setting in comparison.settings
-    ] + more
+    marks = {"linestyle": "none", "markeredgecolor": "white", "markeredgewidth": 0.5}
+    handles = [Line2D([], [], label=name, **marks, **_look(comparison, name)) for name in comparison.settings] + more
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, int(figure.get_figwidth() / (0.06 * longest + 0.5)))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))

@@ -84,7 +84,7 @@ def confidence_ellipse(
     region is Hotelling's (1931): T^2 = (mu - m)' V^-1 (mu - m), which is 2 v / (v - 1) times F with 2 and v - 1 degrees
     of freedom, so T^2 <= v (alpha^(-2 / (v - 1)) - 1). Without E it is exact for normal points.
 
-    None below three seeds, and below three degrees of freedom, where it would reach over more than seven standard errors.
+    None below three seeds, and below three degrees of freedom, where it would be over seven standard errors wide.
     """
     n = len(points)
     if n < 3:
