@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from fastft.report.compare import COSTS, Comparison, Scores
 from fastft.report.stats import confidence_ellipse
@@ -92,8 +92,8 @@ def scatter(comparison: Comparison) -> Figure | None:
     limits = min(ends) - margin, max(ends) + margin
     for ax in axes:
         ax.set(xlim=limits, ylim=limits, aspect="equal")
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     return _with_legend(figure, comparison, [Line2D([], [], **MAJORITY, label="majority label")])
 
 
@@ -179,6 +179,7 @@ def cost(comparison: Comparison) -> Figure | None:
                     ax.vlines(x, y, below, color=look["color"], linewidth=0.7, alpha=0.5, zorder=1)
                     ax.plot(x, below, linestyle="none", markerfacecolor="none", markeredgewidth=0.9, zorder=2, **look)
         where = f"{group.task} → {name}" if name else group.task
+        axes[0].yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
         axes[0].set_ylabel("\n".join(filter(None, [comparison.title(group), where, "accuracy (%)"])))
     for key, ax in zip(costs, grid[-1], strict=True):
         ax.set_xlabel(COSTS[key].name)
@@ -196,17 +197,29 @@ def _log_scale(ax: Axes, values: list[float]) -> None:
         return
     low, high = (math.log10(end) for end in (min(positive), max(positive)))
     if len(positive) < len(values):
-        start = 10.0 ** (math.floor(low) - 1)
-        ax.set_xscale("symlog", linthresh=start, linscale=0.5)
-        ax.set_xlim(-start / 2, 10 ** (high + 0.4))
+        ax.set_xscale("symlog", linthresh=10.0 ** (math.floor(low) - 1), linscale=0.5)
+        ax.set_xlim(-(10.0 ** (math.floor(low) - 1)) / 2, 10 ** (high + 0.4))
         powers = range(math.floor(low), math.floor(high + 0.4) + 1)
-        ax.set_xticks([0, *(10.0**power for power in powers[:: 1 + len(powers) // 4])], minor=False)
+        places = [0.0, *(10.0**power for power in powers[:: 1 + len(powers) // 4])]
     else:
+        margin = max(0.12, 0.18 - (high - low) / 2)
         ax.set_xscale("log")
-        ax.set_xlim(10 ** (low - 0.1), 10 ** (high + 0.1))
-        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high - low < 1.5 else (1.0,)))
+        ax.set_xlim(10 ** (low - margin), 10 ** (high + margin))
+        places = _round_numbers(*ax.get_xlim())
+    ax.xaxis.set_major_locator(FixedLocator(places))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Two or more round numbers in [low, high], as round as there are; high is at least 2.25 times low."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for multiples in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        found = [multiple * 10.0**power for power in powers for multiple in multiples]
+        found = [number for number in found if low <= number <= high]
+        if len(found) >= 2:
+            break
+    return found
 
 
 def _panels(count: int, *, height: float) -> tuple[Figure, list[Axes]]:

@@ -107,9 +107,9 @@ def accuracy_table(comparison: Comparison) -> Table:
             rows.append([*_values(leading, model, num_shots), setting, seeds, *cells])
     columns = {**dict.fromkeys(leading, "l"), "method": "l", "seeds": "r", **dict.fromkeys(heads, "r")}
     caption = (
-        "Accuracy in percent: mean over seeds and 95 % interval of a bootstrap over seeds and examples (none of one seed). "
-        f"A → B: trained on A, evaluated on B. Bold: the best{_each(leading)}; †: not shown to be worse than it (p ≥ "
-        f"{ALPHA}, paired bootstrap, Holm's correction within the column)."
+        "Accuracy in percent: mean over seeds and 95 % interval of a bootstrap over seeds and examples, none of one "
+        f"seed. A → B: trained on A, evaluated on B. Bold: the best{_each(leading)}; †: not shown to be worse "
+        f"(p ≥ {ALPHA}, paired bootstrap, Holm's correction within the column)."
     )
     return Table(caption, columns, rows, records, marks)
 
