@@ -7,8 +7,9 @@ Tibshirani 1993, An Introduction to the Bootstrap, chapters 8 and 13; crossed as
 arXiv 0712.1111). Where a run's predictions are not known, only its seed is drawn.
 
 Few seeds drawn from themselves vary too little, by (S - 1) / S. The deviations from the mean are widened by the root of
-S / (S - 1), so that over seeds alone the variance is the unbiased s^2 / S. The rest is not mended: where seeds outweigh
-examples, a 95 % interval covers 84 % with 2 or 3 seeds and 90 % with 5 or 10.
+S / (S - 1), so that over seeds alone the variance is the unbiased s^2 / S. The rest is not mended: in simulations where
+seeds outweigh examples, a 95 % interval covers 80 % with 2 seeds, 86 % with 3, 90 % with 5, and 94 % with 10; where
+examples outweigh, 95 to 97 %.
 """
 
 from __future__ import annotations
