@@ -45,6 +45,19 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--debug", action="store_true", help="show tracebacks")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
     evaluate.set_defaults(function=_evaluate)
+    sweep = commands.add_parser(
+        "sweep",
+        help="a grid of runs: start those that are not done, and write one table",
+        usage="fastft sweep --cfg FILE [--dry-run] [--part i/n] [key=value ...]",
+        epilog=sweep_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the sweep")
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs and which are done; start nothing")
+    sweep.add_argument("--part", metavar="i/n", help="every n-th run, from the i-th: one part for each node")
+    sweep.add_argument("--debug", action="store_true", help="show tracebacks")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="values over those in FILE (base.seed=1)")
+    sweep.set_defaults(function=_sweep)
     report = commands.add_parser(
         "report",
         help="compare finished runs: tables and pictures for a paper",
@@ -129,6 +142,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from fastft.sweep.grid import load_sweep
+    from fastft.sweep.runner import list_runs, run_sweep
+
+    sweep = load_sweep(arguments.cfg, arguments.overrides)
+    return (list_runs if arguments.dry_run else run_sweep)(sweep, part=arguments.part)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from fastft.report.paper import write_comparison
 
@@ -157,6 +178,16 @@ def config_reference() -> str:
             lines += ["", f"{key}: {text}"]
         else:
             lines += [f"  {key}: {kind} = {default}", f"      {text}"]
+    return "\n".join(lines)
+
+
+def sweep_reference() -> str:
+    """What a sweep's file looks like, and its keys."""
+    from fastft.sweep import grid
+
+    lines = [*grid.__doc__.splitlines(), "keys (key: type = default):"]
+    for key, kind, default, text in describe(grid.SweepConfig):
+        lines += [f"  {key}: {kind} = {default}", f"      {text}"]
     return "\n".join(lines)
 
 

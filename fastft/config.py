@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -455,13 +455,17 @@ class Config(Section):
         section, _, name = key.rpartition(".")
         return name in (getattr(self, section) if section else self).model_fields_set
 
-    def dump(self) -> str:
-        """YAML that loads back to an equal config."""
+    def plain(self) -> dict[str, Any]:
+        """Plain values of every key that the method uses."""
         plain = self.model_dump(mode="json")
         for key in UNUSED[self.method, self.kind]:
             section, _, name = key.rpartition(".")
             del (plain[section] if section else plain)[name]
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return plain
+
+    def dump(self) -> str:
+        """YAML that loads back to an equal config."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
 
     @property
     def cache_path(self) -> Path:
@@ -493,6 +497,11 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
 
     Raises ConfigError with every problem found.
     """
+    return validate(load_values(path, overrides), source=str(path))
+
+
+def load_values(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file with overrides, not validated; raises ConfigError where it cannot be read."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -510,20 +519,44 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
         raise ConfigError(f"--cfg {path}: expected `key: value` pairs, found {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
-    return validate(raw, source=str(path))
+    return raw
 
 
 def validate(raw: dict[str, Any], source: str = "config") -> Config:
     """A Config from plain values; raises ConfigError that lists every problem."""
+    config, problems = check(raw)
+    if config is None:
+        raise ConfigError(list_problems(source, problems))
+    return config
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def check(raw: dict[str, Any], schema: type[SectionType] = Config) -> tuple[SectionType | None, list[str]]:
+    """What plain values come to under a schema: the section, or None and every problem in a line of its own."""
     try:
-        return Config.model_validate(raw)
+        return schema.model_validate(raw), []
     except ValidationError as error:
         # One line a key: a union reports each member that did not fit.
-        problems = list({p.partition(":")[0]: p for p in reversed([_explain(e) for e in error.errors()])}.values())[
-            ::-1
-        ]
-        head = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ConfigError("\n".join([head, *(f"  {p}" for p in problems)])) from None
+        explained = reversed([_explain(e, schema) for e in error.errors()])
+        return None, list({p.partition(":")[0]: p for p in explained}.values())[::-1]
+
+
+def list_problems(source: str, problems: list[str]) -> str:
+    head = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return "\n".join([head, *(f"  {p}" for p in problems)])
+
+
+def set_value(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set `key.sub` among plain values; raises ConfigError where what stands before a dot is no section."""
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key!r}: {parent} is not a section")
+    node[last] = value
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -534,18 +567,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         parsed = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not valid YAML") from None
-    *parents, last = key.split(".")
-    node = raw
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{override!r}: {parent} is not a section")
-    node[last] = parsed
+    set_value(raw, key, parsed)
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], schema: type[Section]) -> str:
     # Union members appear in the location as their type ("list[str]", "literal['all-linear']"); keys only are shown.
-    fields = {path for path, *_ in describe()}
+    fields = {path for path, *_ in describe(schema)}
     parts: list[str] = []
     for part in map(str, error["loc"]):
         if ".".join([*parts, part]) in fields or error["type"] == "extra_forbidden" or part.isdigit():

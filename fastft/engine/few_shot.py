@@ -13,8 +13,8 @@ from typing import Any
 from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine.base import Base, Prepared
-from fastft.engine.output import write_text
 from fastft.engine.progress import Reporter
+from fastft.files import write_text
 from fastft.methods import icl
 from fastft.methods.metrics import FIGURES, Predictions, measure, measure_groups
 from fastft.models.attention import Prefix
