@@ -6,10 +6,8 @@ runs. Its runs differ in their seeds, and are paired by them with those of other
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastft.errors import DataError
+from fastft.report.rows import Row
 from fastft.report.stats import RESAMPLES, Estimate, bootstrap, resample_examples
 
 
@@ -46,7 +45,6 @@ NAMES = {
 }
 DETAILS = ("pattern", "balanced", "calibrated", "split")  # in a setting's name where they differ, as dotted keys are
 
-Row = dict[str, Any]
 Seed = tuple[Any, Any]
 
 
@@ -119,45 +117,15 @@ class Comparison:
         return ", ".join(parts)
 
 
-def read(folders: Iterable[Path]) -> list[Row]:
-    """A row for each run and evaluated set; raises DataError where a folder holds nothing finished."""
-    rows = [row for folder in folders for row in _read_folder(folder)]
-    rows = [row for row in rows if row.get("accuracy") is not None]
-    if not rows:
-        raise DataError("fastft report: no run here evaluates a classification task; there is nothing to compare yet")
-    return rows
-
-
-def _read_folder(folder: Path) -> list[Row]:
-    if not (folder / "results.csv").is_file():
-        raise DataError(
-            f"{folder}: nothing in it is finished: expected the results.csv of a sweep or the summary.json of a run"
-        )
-    with open(folder / "results.csv", encoding="utf-8", newline="") as file:
-        rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
-    missing = [key for key in ("method", "task", "set", "model", "accuracy") if rows and key not in rows[0]]
-    if missing:
-        raise DataError(
-            f"{folder / 'results.csv'}: has no column {', '.join(missing)}; expected what fastft sweep writes"
-        )
-    return [{**row, "folder": folder / "runs" / str(row.get("folder"))} for row in rows]
-
-
-def _value(text: str | None) -> Any:
-    """A cell of a table: a number, a word, or None where it is empty."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except (TypeError, ValueError):
-            continue
-    return text or None
-
-
 def compare(rows: list[Row]) -> Comparison:
     """Group the rows, and read the runs' predictions.
 
-    Raises DataError for two runs that differ in nothing, and for runs that were asked different examples.
+    Raises DataError where no row is of a classification, for two runs that differ in nothing, and for runs that were
+    asked different examples.
     """
+    rows = [row for row in rows if row.get("accuracy") is not None]
+    if not rows:
+        raise DataError("fastft report: no run here evaluates a classification task; there is nothing to compare yet")
     labels = name_settings(rows)
     scores: dict[Group, dict[str, dict[str, Scores]]] = defaultdict(lambda: defaultdict(dict))
     for row, label in zip(rows, labels, strict=True):
@@ -194,10 +162,10 @@ def name_settings(rows: list[Row]) -> list[str]:
         parts = [NAMES.get(word, str(word)) for word in kind if word]
         for key in details:
             value = row.get(key)
-            if not differing[kind, key] or value in (None, "False"):
+            if not differing[kind, key] or value in (None, False):
                 continue
             short = key.rpartition(".")[2]
-            parts.append(short if value == "True" else f"{short}={value}")
+            parts.append(short if value is True else f"{short}={value}")
         return " ".join(parts)
 
     return list(map(name, rows, kinds))

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 
 from fastft.errors import DataError
 from fastft.files import replaced, write_text
-from fastft.report.compare import COSTS, Comparison, Group, Scores, compare, read
+from fastft.report.compare import COSTS, Comparison, Group, Scores, compare
 from fastft.report.figures import INK, draw, rendered
 from fastft.report.html import page, text
+from fastft.report.rows import read
 from fastft.report.stats import ALPHA, Estimate, holm
 
 BEST, TIED = "best", "tied"

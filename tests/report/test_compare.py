@@ -14,10 +14,12 @@ import pytest
 
 from fastft.cli import main
 from fastft.errors import DataError
-from fastft.report.compare import compare, read
+from fastft.report.compare import compare
 from fastft.report.figures import draw
 from fastft.report.paper import BEST, TIED, Table, accuracy_table, differences, latex, markdown
+from fastft.report.rows import read
 from fastft.report.stats import bootstrap, confidence_ellipse, holm, resample_examples
+from tests.engine.test_icl_run import ok, write
 
 EXAMPLES = 200
 
@@ -259,9 +261,36 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     text = (documents / "results.csv").read_text().replace(",0.5,0.5,", ",,,")
     (documents / "results.csv").write_text(text)
     with pytest.raises(DataError, match="no run here evaluates a classification task"):
-        read([documents])
+        compare(read([documents]))
     path = folder / "runs" / "run3-0123456789" / "predictions.jsonl"
     path.write_text(path.read_text().replace('"label": 1', '"label": 0', 1))
     with pytest.raises(DataError, match=r"rte: run0 and run3 were asked different examples"):
         compare(read([folder]))
     assert not (folder / "comparison").exists()
+
+
+def test_runs_by_their_folders_are_compared_as_in_a_sweep(tmp_path, tiny, launch):
+    """Real ones; their figures are those of their summaries, and what differs in their configs is in their names."""
+    write(tmp_path / "rte", "train", "sentence1", "sentence2", 20)
+    write(tmp_path / "rte", "validation", "sentence1", "sentence2", 11)
+    write(tmp_path / "hans", "validation", "premise", "hypothesis", 6, heuristic="overlap", subcase="swap")
+    raw = {
+        "method": "icl",
+        "model": {"name_or_path": str(tiny("llama")), "dtype": "float32"},
+        "data": {"task": "rte", "ood": ["hans"], "root": str(tmp_path)},
+        "deepspeed": {"zero_stage": 0, "threads_per_rank": 1},
+    }
+    folders = []
+    for pattern, seed in (("minimal", 0), ("minimal", 1), ("eval_harness", 0)):
+        folders.append(tmp_path / f"{pattern}{seed}")
+        own = {"output_dir": str(folders[-1]), "seed": seed, "icl": {"num_shots": 2, "balanced": True}}
+        ok(launch({**raw, **own, "data": {**raw["data"], "pattern": pattern}}))
+    comparison = compare(read(folders))
+    assert comparison.settings == ["ICL pattern=minimal", "ICL pattern=eval_harness"]
+    ((group, sets),) = comparison.scores.items()
+    assert (group.task, group.num_shots, list(sets)) == ("rte", 2, ["rte", "hans"])
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    for name, settings in sets.items():
+        found = settings["ICL pattern=minimal"].accuracy
+        assert found == pytest.approx([summary["sets"][name]["accuracy"] for summary in summaries[:2]])
+    assert main(["report", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
