@@ -83,8 +83,8 @@ def _value(plain: dict[str, Any], key: str) -> Any:
 def read(folders: Iterable[Path]) -> list[Row]:
     """The rows of sweeps' and runs' folders, with the path of each run's as its `folder`.
 
-    The rows of runs that are named one by one also have every key in which the configs of those differ. Raises DataError
-    for a folder in which nothing is finished.
+    The rows of runs that are named one by one also have every key in which the configs of those differ. Raises
+    DataError for a folder in which nothing is finished.
     """
     rows, runs = [], {}
     for folder in folders:
