@@ -7,6 +7,7 @@ runs. Its runs differ in their seeds, and are paired by them with those of other
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,7 +49,7 @@ DETAILS = ("pattern", "balanced", "calibrated", "split")  # in a setting's name 
 Seed = tuple[Any, Any]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Group:
     """What is compared within: a model with a number of labelled examples of a task."""
 
@@ -138,11 +139,11 @@ def compare(rows: list[Row]) -> Comparison:
                 "comparison needs each run once"
             )
         own.rows[seed] = row
-    by_set = defaultdict(list)
-    for sets in scores.values():
+    asked_alike = defaultdict(list)
+    for group, sets in scores.items():
         for name, settings in sets.items():
-            by_set[name] += settings.values()
-    for name, found in by_set.items():
+            asked_alike[group.task, name] += settings.values()
+    for (_, name), found in asked_alike.items():
         _resample(name, found)
     ordered = {group: dict(sorted(sets.items(), key=lambda s: s[0] != group.task)) for group, sets in scores.items()}
     return Comparison(ordered, list(dict.fromkeys(labels)))
@@ -162,7 +163,7 @@ def name_settings(rows: list[Row]) -> list[str]:
         parts = [NAMES.get(word, str(word)) for word in kind if word]
         for key in details:
             value = row.get(key)
-            if not differing[kind, key] or value in (None, False):
+            if not differing[kind, key] or value is None or value is False:
                 continue
             short = key.rpartition(".")[2]
             parts.append(short if value is True else f"{short}={value}")
@@ -174,23 +175,27 @@ def name_settings(rows: list[Row]) -> list[str]:
 def _resample(name: str, found: list[Scores]) -> None:
     """Fill in `resampled` of all runs on a set, with the same draws of examples for all that kept their predictions."""
     runs = [(own, seed, row) for own in found for seed, row in own.rows.items()]
-    kept = [(own, seed, row, *answers) for own, seed, row in runs if (answers := _predictions(row["folder"], name))]
-    asked = [(row["run"], row.get("examples")) for _, _, row in runs] + [
-        (row["run"], gold) for _, _, row, gold, _ in kept
-    ]
-    first: dict[type, tuple[str, Any]] = {}
-    for run, examples in asked:
-        one, expected = first.setdefault(type(examples), (run, examples))
-        if examples != expected:
-            raise DataError(
-                f"{name}: {one} and {run} were asked different examples; compare runs with the same data.split and "
-                "evaluate.max_examples"
-            )
+    asked: dict[type, tuple[str, Any]] = {}
+    kept = []
     for own, seed, row in runs:
+        answers = _predictions(row["folder"], name)
+        for examples in (row.get("examples"), answers and answers[0]):
+            first, expected = asked.setdefault(type(examples), (row["run"], examples))
+            if examples != expected:
+                raise DataError(
+                    f"{name}: {first} and {row['run']} were asked different examples; compare runs with the same "
+                    "data.split and evaluate.max_examples"
+                )
+        if answers and not math.isclose(np.mean(answers[1]), row["accuracy"]):
+            raise DataError(
+                f"{row['folder']}/predictions.jsonl: {np.mean(answers[1]):.4f} of {name} is right, and the table says "
+                f"{row['accuracy']:.4f}; the sweep's command writes the table anew"
+            )
         own.resampled[seed] = np.full(RESAMPLES, row["accuracy"])
+        kept += [(own, seed, answers[1])] if answers else []
     if kept:
         drawn = resample_examples(np.array([correct for *_, correct in kept]))
-        for (own, seed, *_), accuracies in zip(kept, drawn, strict=True):
+        for (own, seed, _), accuracies in zip(kept, drawn, strict=True):
             own.resampled[seed] = accuracies
 
 

@@ -266,6 +266,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     path.write_text(path.read_text().replace('"label": 1', '"label": 0', 1))
     with pytest.raises(DataError, match=r"rte: run0 and run3 were asked different examples"):
         compare(read([folder]))
+    other = write_sweep(tmp_path / "b", three_methods())
+    path = other / "runs" / "run3-0123456789" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"label": 0, "predicted": 0', '"label": 0, "predicted": 1', 1))
+    with pytest.raises(DataError, match=r"0\.7950 of rte is right, and the table says 0\.8000"):
+        compare(read([other]))
     assert not (folder / "comparison").exists()
 
 
