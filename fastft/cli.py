@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         help="compare finished runs: tables and pictures for a paper",
         usage="fastft report FOLDER [FOLDER ...] [--out DIR]",
         description="Compare finished runs on classification tasks: accuracy in and out of domain, by method, number "
-        "of shots and cost, with 95 %% intervals over seeds and examples. Writes tables (.md, .tex, .csv), pictures "
+        "of shots and cost, with 95 % intervals over seeds and examples. Writes tables (.md, .tex, .csv), pictures "
         "(.svg, .pdf, .png) and report.html, which holds them all.",
     )
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep's output_dir, or a run's")

@@ -62,7 +62,9 @@ def draw(comparison: Comparison) -> dict[str, Figure]:
 def rendered(figure: Figure, kind: str, **more) -> bytes:
     """A picture's file, svg, pdf or png; without the date, so that the same picture is the same file."""
     file = io.BytesIO()
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[kind]
+    undated = {"svg": dict.fromkeys(("Creator", "Date", "Format", "Type")), "pdf": {"CreationDate": None}, "png": {}}[
+        kind
+    ]
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format=kind, dpi=300, metadata=undated, **more)
     return file.getvalue()

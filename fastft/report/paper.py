@@ -306,7 +306,8 @@ def write_comparison(folders: list[Path], out: Path | None = None) -> tuple[Path
                 path.write_bytes(rendered(figure, kind))
         pictures.append(_inline(figure, CAPTIONS[name]))
     parts = [
-        f"<h1>{len(comparison.settings)} methods, {len({group.task for group in comparison.scores})} tasks</h1>",
+        f"<h1>{text(', '.join(dict.fromkeys(group.task for group in comparison.scores)))}: "
+        f"{len(comparison.settings)} methods</h1>",
         html(tables["accuracy"]),
         *(f"<p>{text(line)}</p>" for line in missing),
         *pictures,
