@@ -173,33 +173,35 @@ def name_settings(rows: list[Row]) -> list[str]:
 
 
 def _resample(name: str, found: list[Scores]) -> None:
-    """Fill in `resampled` of all runs on a set, with the same draws of examples for all that kept their predictions."""
+    """Fill in `resampled` of all runs on a set, with the same draws for those that were asked the same examples."""
     runs = [(own, seed, row) for own in found for seed, row in own.rows.items()]
-    asked: dict[type, tuple[str, Any]] = {}
-    kept = []
+    asked: dict[tuple[Seed, type], tuple[str, Any]] = {}
+    kept = defaultdict(list)  # by the examples' labels: those of another seed may be others
     for own, seed, row in runs:
-        answers = _predictions(row["folder"], name)
-        for examples in (row.get("examples"), answers and answers[0]):
-            first, expected = asked.setdefault(type(examples), (row["run"], examples))
+        labels, correct = _predictions(row["folder"], name) or (None, None)
+        for examples in (row.get("examples"), labels):
+            first, expected = asked.setdefault((seed, type(examples)), (row["run"], examples))
             if examples != expected:
                 raise DataError(
                     f"{name}: {first} and {row['run']} were asked different examples; compare runs with the same "
                     "data.split and evaluate.max_examples"
                 )
-        if answers and not math.isclose(np.mean(answers[1]), row["accuracy"]):
+        own.resampled[seed] = np.full(RESAMPLES, row["accuracy"])
+        if labels is None:
+            continue
+        if not math.isclose(np.mean(correct), row["accuracy"]):
             raise DataError(
-                f"{row['folder']}/predictions.jsonl: {np.mean(answers[1]):.4f} of {name} is right, and the table says "
+                f"{row['folder']}/predictions.jsonl: {np.mean(correct):.4f} of {name} is right, and the table says "
                 f"{row['accuracy']:.4f}; the sweep's command writes the table anew"
             )
-        own.resampled[seed] = np.full(RESAMPLES, row["accuracy"])
-        kept += [(own, seed, answers[1])] if answers else []
-    if kept:
-        drawn = resample_examples(np.array([correct for *_, correct in kept]))
-        for (own, seed, _), accuracies in zip(kept, drawn, strict=True):
+        kept[labels].append((own, seed, correct))
+    for i, alike in enumerate(kept.values()):
+        drawn = resample_examples(np.array([correct for *_, correct in alike]), seed=i)
+        for (own, seed, _), accuracies in zip(alike, drawn, strict=True):
             own.resampled[seed] = accuracies
 
 
-def _predictions(folder: Path, name: str) -> tuple[list[int], list[bool]] | None:
+def _predictions(folder: Path, name: str) -> tuple[tuple[int, ...], list[bool]] | None:
     """The labels of a set's examples, and whether the run got them right; None where it kept no predictions."""
     path = folder / "predictions.jsonl"
     if not path.is_file():
@@ -207,4 +209,4 @@ def _predictions(folder: Path, name: str) -> tuple[list[int], list[bool]] | None
     with open(path, encoding="utf-8") as file:
         own = [found for found in map(json.loads, file) if found["set"] == name]
     own.sort(key=lambda found: found["index"])
-    return [found["label"] for found in own], [found["label"] == found["predicted"] for found in own]
+    return tuple(found["label"] for found in own), [found["label"] == found["predicted"] for found in own]

@@ -24,9 +24,9 @@ from tests.engine.test_icl_run import ok, write
 EXAMPLES = 200
 
 
-def write_sweep(folder: Path, runs: list[dict], *, predictions: bool = True, seed: int = 0) -> Path:
+def write_sweep(folder: Path, runs: list[dict], *, predictions: bool = True) -> Path:
     """A sweep's folder: runs are rows with `accuracies`, set -> share of right answers, and what else differs."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = []
     for i, run in enumerate(runs):
         own = {
@@ -132,6 +132,20 @@ def test_differences_are_paired_by_seed_and_example(tmp_path):
     close = found["rte", "PBFT LoRA", "ICL"]
     assert close.by.low < 0 < close.by.high and close.by.p > 0.2
     assert len(found) == 6  # three pairs on two sets
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_same_examples_are_drawn_alike_and_others_apart(tmp_path, same):
+    """Two seeds that are right in the same places, of the same examples or of others, whose labels differ."""
+    folder = write_sweep(tmp_path, [{"method": "icl", "seed": seed, "accuracies": {"rte": 0.7}} for seed in range(2)])
+    one, two = (folder / "runs" / f"run{i}-0123456789" / "predictions.jsonl" for i in range(2))
+    rows = [json.loads(line) for line in one.read_text().splitlines()]
+    for row in rows if not same else []:
+        row |= {"label": 1 - row["label"], "predicted": 1 - row["predicted"]}
+    two.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (scores,) = next(iter(compare(read([folder])).scores.values()))["rte"].values()
+    correlation = np.corrcoef(*scores.resampled.values())[0, 1]
+    assert correlation == pytest.approx(1.0 if same else 0.0, abs=0.06)
 
 
 def test_one_seed_says_nothing_of_others(tmp_path):
