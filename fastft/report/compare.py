@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,14 +71,11 @@ class Scores:
 
     @cached_property
     def estimate(self) -> Estimate:
-        return bootstrap(self.accuracy, np.stack([self.resampled[seed] for seed in self.rows]))
-
-    @property
-    def majority(self) -> float | None:
-        return next(iter(self.rows.values())).get("majority")
+        found = bootstrap(self.accuracy, np.stack([self.resampled[seed] for seed in self.rows]))
+        return found if found.low is None else replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
     def mean(self, key: str) -> float | None:
-        """Of a cost; None where a run does not say it."""
+        """Of a column over the runs; None where a run does not say it."""
         values = [row.get(key) for row in self.rows.values()]
         return None if None in values else float(np.mean(values))
 

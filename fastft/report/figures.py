@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
-from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from fastft.report.compare import COSTS, Comparison, Scores
 from fastft.report.stats import confidence_ellipse
@@ -210,7 +210,7 @@ def _log_scale(ax: Axes, values: list[float]) -> None:
         places = _round_numbers(*ax.get_xlim())
     ax.xaxis.set_major_locator(FixedLocator(places))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1000 else EngFormatter(sep="")(x)))
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
@@ -244,10 +244,12 @@ def _look(comparison: Comparison, setting: str) -> dict[str, str]:
 
 def _majority(line: Callable[..., object], found: dict[str, Scores]) -> list[float]:
     """Draw the accuracy of always answering a set's most frequent label, where it is known; returns it."""
-    levels = {scores.majority for scores in found.values()} - {None}
-    for level in levels:
-        line(100 * level, **MAJORITY)
-    return [100 * level for level in levels]
+    levels = [level for scores in found.values() if (level := scores.mean("majority")) is not None]
+    if not levels:
+        return []
+    level = 100 * float(np.mean(levels))  # it differs where each seed has examples of its own
+    line(level, **MAJORITY)
+    return [level]
 
 
 def _with_legend(figure: Figure, comparison: Comparison, more: list[Line2D]) -> Figure:

@@ -99,7 +99,7 @@ def accuracy_table(comparison: Comparison) -> Table:
                         "accuracy": own.estimate.mean,
                         "low": own.estimate.low,
                         "high": own.estimate.high,
-                        "majority": own.majority,
+                        "majority": own.mean("majority"),
                         "mark": mark,
                     }
                 )

@@ -277,8 +277,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     with pytest.raises(DataError, match="no run here evaluates a classification task"):
         compare(read([documents]))
     path = folder / "runs" / "run3-0123456789" / "predictions.jsonl"
-    path.write_text(path.read_text().replace('"label": 1', '"label": 0', 1))
-    with pytest.raises(DataError, match=r"rte: run0 and run3 were asked different examples"):
+    path.write_text(path.read_text().replace('"label": 1, "predicted": 1', '"label": 0, "predicted": 0', 1))
+    with pytest.raises(DataError, match=r"rte: run3 and run8 were asked different examples"):
         compare(read([folder]))
     other = write_sweep(tmp_path / "b", three_methods())
     path = other / "runs" / "run3-0123456789" / "predictions.jsonl"
