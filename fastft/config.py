@@ -27,6 +27,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
+# Keys that say where a run works, not what it computes.
+PLACES = ("output_dir", "overwrite", "resume", "cache_dir", "deepspeed.threads_per_rank")
+
 
 class Section(BaseModel):
     # strict: "8" is not a number and 0.5 is not an integer; a typo must not become a value.
@@ -546,6 +549,15 @@ def check(raw: dict[str, Any], schema: type[SectionType] = Config) -> tuple[Sect
 def list_problems(source: str, problems: list[str]) -> str:
     head = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return "\n".join([head, *(f"  {p}" for p in problems)])
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values by dotted key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def set_value(raw: dict[str, Any], key: str, value: Any) -> None:

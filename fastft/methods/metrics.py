@@ -60,7 +60,7 @@ def measure(predictions: Predictions, gold: list[int], *, resamples: int = RESAM
     recall = counts.diagonal() / occurs
     intervals = {}
     if resamples:
-        resampled = _figures(_resample(features, resamples, seed), num_labels)
+        resampled = _figures(resample(features, resamples, seed), num_labels)
         for name, values in resampled.items():
             intervals[name] = values.quantile(torch.tensor(INTERVAL, dtype=values.dtype)).tolist()
     return {
@@ -106,7 +106,7 @@ def _figures(sums: torch.Tensor, num_labels: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _resample(features: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
+def resample(features: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
     """Sums of the features over `resamples` samples of N examples drawn with replacement."""
     count = features.shape[0]
     generator = torch.Generator().manual_seed(seed)

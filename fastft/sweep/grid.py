@@ -26,15 +26,24 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from fastft.config import Config, PositiveInt, Section, check, describe, list_problems, load_values, set_value
+from fastft.config import (
+    PLACES,
+    Config,
+    PositiveInt,
+    Section,
+    check,
+    describe,
+    flatten,
+    list_problems,
+    load_values,
+    set_value,
+)
 from fastft.errors import ConfigError, DataError
 from fastft.tasks import select_pattern, select_tasks
 
 NAME_LENGTH = 120  # of the 255 bytes that a file name may have
 HASH_LENGTH = 10
 OWN = ("output_dir", "overwrite", "resume")  # what the sweep says to each run
-# Where a run works, not what it computes.
-PLACES = (*OWN, "cache_dir", "deepspeed.threads_per_rank")
 SECTIONS = {key for key, kind, *_ in describe() if kind == "section"}
 
 
@@ -162,18 +171,9 @@ def _axes(file: SweepConfig) -> Iterator[list[Choice]]:
     runs = {"runs": file.runs} if file.runs else {}
     for key, values in [*runs.items(), *file.grid.items()]:
         if isinstance(values, dict):
-            yield [(_clean(str(name)), dict(_flatten(own))) for name, own in values.items()]
+            yield [(_clean(str(name)), dict(flatten(own))) for name, own in values.items()]
         else:
-            yield [(_label(key, value), dict(_flatten({key: value}))) for value in values]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values by dotted key."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+            yield [(_label(key, value), dict(flatten({key: value}))) for value in values]
 
 
 def _label(key: str, value: Any) -> str:

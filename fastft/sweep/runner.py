@@ -32,8 +32,9 @@ import fastft
 from fastft.config import load_config
 from fastft.errors import ConfigError, FastftError, Interrupted
 from fastft.files import write_text
+from fastft.report.rows import rows_of
 from fastft.sweep.grid import Run, Sweep, identity, select_part
-from fastft.sweep.table import rows_of, seeds_table, write_table
+from fastft.sweep.table import seeds_table, write_table
 
 TRAIN = Path(fastft.__file__).with_name("train.py")
 POLL_SECONDS = 0.1
@@ -194,7 +195,9 @@ class Runner:
         with open(self.sweep.output_dir / "logs" / "results.lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a sweep that reads before another writes must also write before it
             done = [(run, self.summary(run)) for run in self.sweep.runs]
-            rows = [row for run, found in done if found for row in rows_of(run, found, self.sweep.keys)]
+            rows = [
+                row for run, found in done if found for row in rows_of(run.name, run.config, found, self.sweep.keys)
+            ]
             if rows:
                 write_table(self.sweep.output_dir, rows)
         return rows

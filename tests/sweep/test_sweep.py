@@ -65,8 +65,9 @@ def test_columns_are_stable(sweep_file, start, tmp_path):
     """Others read them by name; the keys of the grid that have no shorter name follow data_seed."""
     ends(start("--cfg", sweep_file(grid={"seed": [0], "evaluate.max_examples": [5]})))
     assert list(read_rows(tmp_path / "sweep")[0]) == [
-        *("run", "method", "peft", "task", "set", "model", "split", "pattern", "num_shots", "balanced", "calibrated"),
-        *("seed", "data_seed", "evaluate.max_examples", "examples", "accuracy", "accuracy_low", "accuracy_high", "nll"),
+        *("run", "folder", "method", "peft", "task", "set", "model", "split", "pattern", "num_shots", "balanced"),
+        *("calibrated", "seed", "data_seed", "evaluate.max_examples"),
+        *("examples", "accuracy", "accuracy_low", "accuracy_high", "nll"),
         *("seconds", "peak_memory_bytes", "trained_parameters", "inference_tokens_per_query", "tokens_per_s"),
     ]
 
