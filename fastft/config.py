@@ -8,6 +8,7 @@ out of range are collected and reported together. The DeepSpeed configuration is
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import types
@@ -17,7 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from fastft.errors import ConfigError
 
@@ -76,12 +86,36 @@ DocumentTask = Literal["documents", "narrativeqa"]
 ClassificationTask = Literal[
     "rte", "mnli", "mnli_binary", "hans", "qqp", "paws_qqp", "cola", "cola_ood", "commonsense_qa"
 ]
+OwnTask = Literal["jsonl"]  # examples of one's own; what they look like stands in the config
+
+
+def label_name(value: Any) -> Any:
+    """A label as text, alike from YAML, JSON and CSV: 0 is "0", true is "true"."""
+    return json.dumps(value) if isinstance(value, bool | int) else value
+
+
+Label = Annotated[str, BeforeValidator(label_name)]
+Words = Annotated[str, Field(min_length=1)]
+# The tags keep errors about one of the two from coming with errors about the other.
+Verbalizer = Annotated[
+    Annotated[list[Words], Tag("list")] | Annotated[dict[Label, Words], Tag("dict")],
+    Discriminator(lambda value: "dict" if isinstance(value, dict) else "list"),
+]
 
 
 class DataConfig(Section):
-    task: DocumentTask | ClassificationTask = Field(
-        "documents", description="where documents and questions, or labelled examples, come from"
+    task: DocumentTask | ClassificationTask | OwnTask = Field(
+        "documents",
+        description="where documents and questions, or labelled examples, come from; jsonl: data.files or data.hub",
     )
+    files: dict[str, str] | None = Field(
+        None,
+        description="jsonl: split -> its file, .jsonl, .csv or .tsv, each also .gz; labelled examples come from train",
+    )
+    hub: str | None = Field(
+        None, description="jsonl: owner/name or owner/name:subset of a dataset on the hub, in place of files"
+    )
+    target: str = Field("label", description="jsonl: column that holds the label")
     path: str | None = Field(
         None,
         description="documents: a .jsonl file or a folder of them; null: the collection that fastft ships",
@@ -92,18 +126,24 @@ class DataConfig(Section):
     )
     split: str = Field("validation", description="dataset split")
     pattern: str | None = Field(
-        None, description="classification: the task's pattern that writes examples as text; null: its first"
+        None,
+        description="classification: the task's pattern that writes examples as text; null: its first; jsonl: the "
+        "pattern itself, with {column} places and without the space that the label's words begin with",
     )
-    verbalizer: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        None, description="classification: the words of each label, in the order of the labels; null: the pattern's own"
+    verbalizer: Verbalizer | None = Field(
+        None,
+        description="classification: the words of each label, in the order of the labels; null: the pattern's own; "
+        "jsonl: {label: words}",
     )
     seed: NonNegativeInt | None = Field(
         None,
         description="classification: seed of the examples, those that are shown or trained on and those that are "
         "evaluated; null: seed",
     )
-    ood: list[ClassificationTask] = Field(
-        [], description="classification: sets of another distribution, with the task's labels, evaluated as well"
+    ood: list[str] = Field(
+        [],
+        description="classification: sets of another distribution, with the task's labels, evaluated as well; jsonl: "
+        "other splits of files or hub",
     )
     documents: list[int | str] | None = Field(
         None,
@@ -133,6 +173,30 @@ class DataConfig(Section):
         ):
             if placeholder not in getattr(self, key):
                 raise ValueError(f"{key} must contain {placeholder}, got {getattr(self, key)!r}")
+        return self
+
+    @property
+    def is_own(self) -> bool:
+        return self.task in typing.get_args(OwnTask)
+
+    @model_validator(mode="after")
+    def _of_the_task(self):
+        by_label = isinstance(self.verbalizer, dict)
+        if not self.is_own:
+            if by_label:
+                raise ValueError(f"verbalizer must be a list of words for task={self.task}, got {self.verbalizer}")
+            return self
+        problems = []
+        if (self.files is None) == (self.hub is None):
+            problems.append("files or hub (one of them) must say where the examples are")
+        if self.pattern is None:
+            problems.append('pattern must be the text of a query, like "{text}\\nSentiment:"')
+        if not by_label or len(self.verbalizer) < 2:
+            problems.append(
+                f"verbalizer must map two or more labels to words, like {{pos: good, neg: bad}}, got {self.verbalizer}"
+            )
+        if problems:
+            raise ValueError(f"task={self.task}: " + "; ".join(problems))
         return self
 
 
@@ -373,6 +437,7 @@ UNUSED = {
     ("pbft", "classification"): [*_DOCUMENT_KEYS, "distill", "icl.calibrate"],
     ("ft", "classification"): [*_DOCUMENT_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
 }
+_OWN_KEYS = ["data.files", "data.hub", "data.target"]
 
 
 class Config(Section):
@@ -426,7 +491,7 @@ class Config(Section):
         if (self.method, self.kind) not in UNUSED:
             fitting = [k for method, k in UNUSED if method == self.method]
             raise ValueError(f"method={self.method} needs a {fitting[0]} task, got data.task={self.data.task}")
-        set_in_vain = [key for key in UNUSED[self.method, self.kind] if self._is_set(key)]
+        set_in_vain = [key for key in self.unused if self._is_set(key)]
         if set_in_vain:
             raise ValueError(
                 f"method={self.method} with data.task={self.data.task} does not use {', '.join(set_in_vain)}; remove "
@@ -451,6 +516,11 @@ class Config(Section):
     def kind(self) -> Literal["documents", "classification"]:
         return "documents" if self.data.task in typing.get_args(DocumentTask) else "classification"
 
+    @property
+    def unused(self) -> list[str]:
+        """Keys that this method does not use with this task."""
+        return [*UNUSED[self.method, self.kind], *(["data.root"] if self.data.is_own else _OWN_KEYS)]
+
     def _is_set(self, key: str) -> bool:
         section, _, name = key.rpartition(".")
         return name in (getattr(self, section) if section else self).model_fields_set
@@ -458,7 +528,7 @@ class Config(Section):
     def dump(self) -> str:
         """YAML that loads back to an equal config."""
         plain = self.model_dump(mode="json")
-        for key in UNUSED[self.method, self.kind]:
+        for key in self.unused:
             section, _, name = key.rpartition(".")
             del (plain[section] if section else plain)[name]
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
@@ -568,6 +638,8 @@ def _explain(error: dict[str, Any]) -> str:
         text = str(error["ctx"]["error"])
         return f"{key}.{text}" if key else text
     message = error["msg"][0].lower() + error["msg"][1:]
+    if kind == "string_type" and isinstance(value, bool):
+        message += "; quote it: in YAML Yes, No, On and Off are true and false"
     return f"{key}: got {value!r}, {message.replace('input should be', 'expected')}"
 
 
