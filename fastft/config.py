@@ -86,7 +86,7 @@ DocumentTask = Literal["documents", "narrativeqa"]
 ClassificationTask = Literal[
     "rte", "mnli", "mnli_binary", "hans", "qqp", "paws_qqp", "cola", "cola_ood", "commonsense_qa"
 ]
-OwnTask = Literal["jsonl"]  # examples of one's own; what they look like stands in the config
+OwnTask = Literal["jsonl", "summarization"]  # examples of one's own; what they look like stands in the config
 
 
 def label_name(value: Any) -> Any:
@@ -106,16 +106,20 @@ Verbalizer = Annotated[
 class DataConfig(Section):
     task: DocumentTask | ClassificationTask | OwnTask = Field(
         "documents",
-        description="where documents and questions, or labelled examples, come from; jsonl: data.files or data.hub",
+        description="where documents and questions, labelled examples, or texts with summaries come from; jsonl and "
+        "summarization: from data.files or data.hub",
     )
     files: dict[str, str] | None = Field(
         None,
-        description="jsonl: split -> its file, .jsonl, .csv or .tsv, each also .gz; labelled examples come from train",
+        description="jsonl, summarization: split -> its file, .jsonl, .csv or .tsv, each also .gz; demonstrations and "
+        "training examples come from train",
     )
     hub: str | None = Field(
-        None, description="jsonl: owner/name or owner/name:subset of a dataset on the hub, in place of files"
+        None, description="in place of files: owner/name or owner/name:subset of a dataset on the hub"
     )
-    target: str = Field("label", description="jsonl: column that holds the label")
+    target: str | None = Field(
+        None, description="jsonl, summarization: column of the label or summary; null: label, or summary"
+    )
     path: str | None = Field(
         None,
         description="documents: a .jsonl file or a folder of them; null: the collection that fastft ships",
@@ -127,8 +131,8 @@ class DataConfig(Section):
     split: str = Field("validation", description="dataset split")
     pattern: str | None = Field(
         None,
-        description="classification: the task's pattern that writes examples as text; null: its first; jsonl: the "
-        "pattern itself, with {column} places and without the space that the label's words begin with",
+        description="classification: the task's pattern that writes examples as text; null: its first; "
+        "jsonl, summarization: the pattern itself, with {column} places, without the space that the answer begins with",
     )
     verbalizer: Verbalizer | None = Field(
         None,
@@ -142,8 +146,8 @@ class DataConfig(Section):
     )
     ood: list[str] = Field(
         [],
-        description="classification: sets of another distribution, with the task's labels, evaluated as well; jsonl: "
-        "other splits of files or hub",
+        description="classification: sets of another distribution, with the task's labels, evaluated as well; jsonl, "
+        "summarization: other splits of files or hub",
     )
     documents: list[int | str] | None = Field(
         None,
@@ -191,7 +195,7 @@ class DataConfig(Section):
             problems.append("files or hub (one of them) must say where the examples are")
         if self.pattern is None:
             problems.append('pattern must be the text of a query, like "{text}\\nSentiment:"')
-        if not by_label or len(self.verbalizer) < 2:
+        if self.task == "jsonl" and (not by_label or len(self.verbalizer) < 2):
             problems.append(
                 f"verbalizer must map two or more labels to words, like {{pos: good, neg: bad}}, got {self.verbalizer}"
             )
@@ -319,8 +323,8 @@ class DistillConfig(Section):
     )
     examples: PositiveInt | None = Field(
         256,
-        description="classification: how many unlabelled inputs of the train split the student learns from; null: all "
-        "that are not demonstrations",
+        description="classification, summarization: how many inputs of the train split the student learns from; null: "
+        "all that are not demonstrations",
     )
     context_cache_gib: NonNegativeFloat = Field(
         2.0, description="online: encoded contexts that each process keeps between steps, the last used ones, in GiB"
@@ -412,8 +416,11 @@ class EvaluateConfig(Section):
     answers: bool = Field(True, description="also generate greedy answers (token F1, exact match)")
     max_new_tokens: PositiveInt = Field(24, description="longest generated answer")
     batch_size: PositiveInt = Field(64, description="sequences per forward pass, also in the teach phase")
+    max_summary_tokens: PositiveInt = Field(128, description="summarization: longest generated summary")
     max_examples: PositiveInt | None = Field(
-        None, description="classification: evaluate so many examples of each set, drawn with the seed; null: all"
+        None,
+        description="classification, summarization: evaluate so many examples of each set, drawn with the seed; null: "
+        "all",
     )
 
 
@@ -427,15 +434,18 @@ _CLASSIFICATION_KEYS = [
     *(f"data.{key}" for key in ("pattern", "verbalizer", "seed", "ood")),
     *("icl", "evaluate.max_examples", "distill.examples"),
 ]
+_LABEL_KEYS = ["data.verbalizer", "icl.balanced", "icl.score", "icl.calibrate", "pbft"]
+_SUMMARY_KEYS = ["evaluate.max_summary_tokens"]
+_TRAINING_KEYS = ["resume", "distill", "peft", "train", "deepspeed.offload_optimizer"]
 UNUSED = {
-    ("distill", "documents"): [*_CLASSIFICATION_KEYS, "pbft"],
-    ("distill", "classification"): [*_DOCUMENT_KEYS, "pbft", "icl.calibrate"],
-    ("icl", "classification"): [
-        *_DOCUMENT_KEYS,
-        *("resume", "pbft", "distill", "peft", "train", "deepspeed.offload_optimizer"),
-    ],
-    ("pbft", "classification"): [*_DOCUMENT_KEYS, "distill", "icl.calibrate"],
-    ("ft", "classification"): [*_DOCUMENT_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
+    ("distill", "documents"): [*_CLASSIFICATION_KEYS, *_SUMMARY_KEYS, "pbft"],
+    ("distill", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "pbft", "icl.calibrate"],
+    ("distill", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS],
+    ("icl", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_TRAINING_KEYS, "pbft"],
+    ("icl", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS, *_TRAINING_KEYS],
+    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "icl.calibrate"],
+    ("pbft", "summarization"): [*(k for k in _DOCUMENT_KEYS if k != "data.answer_end"), *_LABEL_KEYS, "distill"],
+    ("ft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
 }
 _OWN_KEYS = ["data.files", "data.hub", "data.target"]
 
@@ -489,15 +499,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _method(self):
         if (self.method, self.kind) not in UNUSED:
-            fitting = [k for method, k in UNUSED if method == self.method]
-            raise ValueError(f"method={self.method} needs a {fitting[0]} task, got data.task={self.data.task}")
+            fitting = " or ".join(kind for method, kind in UNUSED if method == self.method)
+            raise ValueError(f"method={self.method} needs a {fitting} task, got data.task={self.data.task}")
         set_in_vain = [key for key in self.unused if self._is_set(key)]
         if set_in_vain:
             raise ValueError(
                 f"method={self.method} with data.task={self.data.task} does not use {', '.join(set_in_vain)}; remove "
                 "what is not used"
             )
-        if self.method == "distill" and self.kind == "classification" and self.icl.num_shots == 0:
+        if self.method == "distill" and self.kind != "documents" and self.icl.num_shots == 0:
             raise ValueError("icl.num_shots=0: without demonstrations there is nothing to distil; use 1 or more")
         if self.method in ("pbft", "ft") and self.icl.num_shots == 0:
             raise ValueError("icl.num_shots=0: without labelled examples there is nothing to train on; use 1 or more")
@@ -513,7 +523,9 @@ class Config(Section):
         return self.seed if self.data.seed is None else self.data.seed
 
     @property
-    def kind(self) -> Literal["documents", "classification"]:
+    def kind(self) -> Literal["documents", "classification", "summarization"]:
+        if self.data.task == "summarization":
+            return "summarization"
         return "documents" if self.data.task in typing.get_args(DocumentTask) else "classification"
 
     @property

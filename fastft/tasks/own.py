@@ -1,4 +1,4 @@
-"""Examples of one's own: files or a dataset on the hub, with a pattern and label words in the config.
+"""Examples of one's own, labelled or with a summary: files or a dataset on the hub, with a pattern in the config.
 
 data:
   task: jsonl
@@ -7,6 +7,9 @@ data:
   target: sentiment                          # the label's column
   verbalizer: {pos: good, neg: bad}
   ood: [films]
+
+With `task: summarization` the target is a text that is written behind the pattern, and there is no verbalizer. It is
+one line: line breaks in it become spaces, as a line break ends a generated one.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 
 from fastft.config import DataConfig, label_name
 from fastft.errors import DataError
-from fastft.tasks.base import Row, hub_rows, read_csv, read_jsonl
+from fastft.tasks.base import Row, hub_rows, read_csv, read_jsonl, text_field
 from fastft.tasks.classification import NO_LABEL, Example, Pattern
 
 READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".tsv": lambda path: read_csv(path, delimiter="\t")}
@@ -57,7 +60,7 @@ class OwnTask:
         return READERS[_suffix(path)](path)
 
     def _read(self, row: dict[str, Any], place: str) -> Example:
-        target, columns = self.config.target, columns_of(self.config.pattern)
+        target, columns = self._target, columns_of(self.config.pattern)
         there = f"found {', '.join(map(repr, row)) or 'nothing'}"
         missing = [column for column in columns if column not in row]
         if missing:
@@ -66,13 +69,23 @@ class OwnTask:
                 "there are"
             )
         if target not in row:
-            raise DataError(
-                f"{place}: missing {target!r}; {there}; set data.target to the column of the label ({NO_LABEL})"
-            )
-        return Example({column: _text(row[column], column, place) for column in columns}, self._label(row, place))
+            of = "summary" if self._summarizes else f"label ({NO_LABEL})"
+            raise DataError(f"{place}: missing {target!r}; {there}; set data.target to the column of the {of}")
+        fields = {column: _text(row[column], column, place) for column in columns}
+        if self._summarizes:
+            return Example(fields, 0, (" ".join(text_field(row, target, place).split()),))
+        return Example(fields, self._label(row, place))
+
+    @property
+    def _summarizes(self) -> bool:
+        return self.config.task == "summarization"
+
+    @property
+    def _target(self) -> str:
+        return self.config.target or ("summary" if self._summarizes else "label")
 
     def _label(self, row: dict[str, Any], place: str) -> int:
-        target, labels = self.config.target, list(self.config.verbalizer)
+        target, labels = self._target, list(self.config.verbalizer)
         label = label_name(row[target])
         if label not in labels:
             cure = NO_LABEL if label in (None, "", "-1") else "add its words, or take these rows out"
@@ -105,7 +118,7 @@ def select_tasks(config: DataConfig) -> list[OwnTask]:
 def select_pattern(config: DataConfig) -> tuple[str, Pattern]:
     """The configured pattern and what it is called; raises DataError for places in it that name no column."""
     columns_of(config.pattern)
-    return PATTERN, Pattern(config.pattern, tuple(config.verbalizer.values()))
+    return PATTERN, Pattern(config.pattern, tuple((config.verbalizer or {}).values()))
 
 
 def columns_of(pattern: str) -> list[str]:
