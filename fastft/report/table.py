@@ -106,7 +106,8 @@ def sets_title(summary: dict[str, Any]) -> str:
     seeds = f"seed {summary['seed']}" + (
         f", data seed {summary['data_seed']}" if summary["data_seed"] != summary["seed"] else ""
     )
-    return f"{summary['model']}, {method}, {shots}{balanced}, pattern {summary['pattern']}, {seeds}"
+    pattern = " ".join(summary["pattern"].split())
+    return f"{summary['model']}, {method}, {shots}{balanced}, pattern {pattern}, {seeds}"
 
 
 def sets_table(summary: dict[str, Any]) -> Table:

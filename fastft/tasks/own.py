@@ -26,7 +26,6 @@ from fastft.tasks.base import Row, hub_rows, read_csv, read_jsonl, text_field
 from fastft.tasks.classification import NO_LABEL, Example, Pattern
 
 READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".tsv": lambda path: read_csv(path, delimiter="\t")}
-PATTERN = "own"
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ def select_tasks(config: DataConfig) -> list[OwnTask]:
 
 
 def select_pattern(config: DataConfig) -> tuple[str, Pattern]:
-    """The configured pattern and what it is called; raises DataError for places in it that name no column."""
+    """The configured pattern, which is called by its text; raises DataError for places in it that name no column."""
     columns_of(config.pattern)
-    return PATTERN, Pattern(config.pattern, tuple((config.verbalizer or {}).values()))
+    return config.pattern, Pattern(config.pattern, tuple((config.verbalizer or {}).values()))
 
 
 def columns_of(pattern: str) -> list[str]:

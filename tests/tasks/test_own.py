@@ -53,7 +53,7 @@ def test_every_format_gives_the_same(tmp_path, name, content):
         "Dull, and\nlong. (1 stars)\nSentiment: bad",
         "A joy. (5 stars)\nSentiment: good",
     ]
-    assert (pattern_name, pattern.verbalizer) == ("own", ("good", "bad"))
+    assert (pattern_name, pattern.verbalizer) == (config.pattern, ("good", "bad"))
 
 
 def test_labels_are_the_same_from_yaml_json_and_csv(tmp_path):
