@@ -77,6 +77,11 @@ class Demonstrations(FewShot):
         positions = loading.max_positions(base.lm.model)
         window = Window(self.task, "", self.encode_context(text))
         unseen = [e for e in self.train if e not in self.shots]
+        if not unseen:
+            raise DataError(
+                f"icl.num_shots={len(self.shots)}: all examples of the train split are demonstrations, which leaves no "
+                "inputs to distil them on; use fewer"
+            )
         inputs = self.encode(draw(unseen, config.distill.examples, config.data_seed), text, positions)
         longest, sampled = max(map(len, inputs.prompts)), distill.sampled_tokens(config.distill)
         if positions is not None and len(window.token_ids) + longest + sampled > positions:

@@ -162,11 +162,16 @@ class FewShot(ABC):
             for name, answered in answers.items()
         }
 
-    def _cost(self, answered: Answered, context_tokens: int) -> dict[str, Any]:
+    def count_tokens(self, answered: Answered) -> tuple[int, int]:
+        """Tokens that the evaluation computed, and those of them that answering takes."""
         tokens = sum(answered.queries.sizes)
+        return tokens, tokens
+
+    def _cost(self, answered: Answered, context_tokens: int) -> dict[str, Any]:
+        tokens, of_answers = self.count_tokens(answered)
         return {
-            "tokens": tokens,  # that were computed
-            "inference_tokens_per_query": context_tokens + tokens / len(answered.queries.prompts),
+            "tokens": tokens,
+            "inference_tokens_per_query": context_tokens + of_answers / len(answered.queries.prompts),
             "seconds": round(answered.seconds, 3),
             "tokens_per_s": tokens / answered.seconds,
         }

@@ -58,6 +58,12 @@ class Summarized(FewShot):
     def measure(self, answered: Answered, *, resamples: int = RESAMPLES) -> dict[str, Any]:
         return summarization.measure(answered.predictions, resamples=resamples, seed=self.config.data_seed)
 
+    def count_tokens(self, answered: Answered) -> tuple[int, int]:
+        """Each query is computed for its reference, and for the summary that is written."""
+        queries, written = answered.queries, int(answered.predictions.lengths.sum())
+        of_answers = sum(map(len, queries.prompts)) + written
+        return sum(queries.sizes) + of_answers, of_answers
+
     def summary(self, sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {**super().summary(sets), "balanced": False}
 

@@ -53,8 +53,8 @@ class OwnTask:
         if c.hub:
             return hub_rows("data.hub", c.hub, split, instead="data.files to a local copy in its place")
         if split not in c.files:
-            cure = ", or set icl.num_shots=0" if split == "train" else ""
-            raise DataError(f"data.files: no {split!r} among {', '.join(c.files)}; add its file{cure}")
+            why = ", from which demonstrations and training examples come" if split == "train" else ""
+            raise DataError(f"data.files: no {split!r}{why}, among {', '.join(c.files)}; add its file")
         path = Path(c.files[split]).expanduser()
         return READERS[_suffix(path)](path)
 

@@ -124,6 +124,28 @@ def test_the_number_of_demonstrations_that_is_said_to_fit_does(either, launch, t
     assert launch(raw, "overwrite=true").returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        (
+            "icl",
+            {"data": {"files": {"validation": "train.jsonl"}}},
+            "no 'train', from which .* come, among validation; add",
+        ),
+        (
+            "distill",
+            {"icl": {"num_shots": 20, "balanced": False}},
+            "which leaves no inputs to distil them on; use fewer",
+        ),
+    ],
+)
+def test_too_few_examples_of_ones_own(either, launch, tmp_path, monkeypatch, method, changes, message):
+    monkeypatch.chdir(tmp_path / "rte")
+    result = launch(either("jsonl", method, **changes))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(message, result.stderr), result.stderr
+
+
 def test_words_for_a_label_that_has_none(either, launch):
     """A list has too few words for a shipped task's labels; one's own labels are named in the rows."""
     result = launch(either("rte", words=("Yes",)))
