@@ -133,6 +133,15 @@ def test_the_student_learns_the_teachers_summaries(summary_config, launch):
     assert sum(found[-4:]) < 0.7 * sum(found[:4])
 
 
+def test_an_online_teacher_gives_the_same(summary_config, launch, tmp_path):
+    found = []
+    for teacher in ("stored", "online"):
+        raw = summary_config("distill", data={"ood": []}, distill={"teacher": teacher})
+        ok(launch({**raw, "output_dir": str(tmp_path / teacher)}))
+        found.append(torch.tensor(losses(tmp_path / teacher)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_agree_with_one(summary_config, launch, tmp_path, method):
     found = []
