@@ -8,6 +8,7 @@ out of range are collected and reported together. The DeepSpeed configuration is
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import types
@@ -17,7 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from fastft.errors import ConfigError
 
@@ -79,11 +89,39 @@ DocumentTask = Literal["documents", "narrativeqa"]
 ClassificationTask = Literal[
     "rte", "mnli", "mnli_binary", "hans", "qqp", "paws_qqp", "cola", "cola_ood", "commonsense_qa"
 ]
+OwnTask = Literal["jsonl", "summarization"]  # examples of one's own; what they look like stands in the config
+
+
+def label_name(value: Any) -> Any:
+    """A label as text, alike from YAML, JSON and CSV: 0 is "0", true is "true"."""
+    return json.dumps(value) if isinstance(value, bool | int) else value
+
+
+Label = Annotated[str, BeforeValidator(label_name)]
+Words = Annotated[str, Field(min_length=1)]
+# The tags keep errors about one of the two from coming with errors about the other.
+Verbalizer = Annotated[
+    Annotated[list[Words], Tag("list")] | Annotated[dict[Label, Words], Tag("dict")],
+    Discriminator(lambda value: "dict" if isinstance(value, dict) else "list"),
+]
 
 
 class DataConfig(Section):
-    task: DocumentTask | ClassificationTask = Field(
-        "documents", description="where documents and questions, or labelled examples, come from"
+    task: DocumentTask | ClassificationTask | OwnTask = Field(
+        "documents",
+        description="where documents and questions, labelled examples, or texts with summaries come from; jsonl and "
+        "summarization: from data.files or data.hub",
+    )
+    files: dict[str, str] | None = Field(
+        None,
+        description="jsonl, summarization: split -> its file, .jsonl, .csv or .tsv, each also .gz; demonstrations and "
+        "training examples come from train",
+    )
+    hub: str | None = Field(
+        None, description="in place of files: owner/name or owner/name:subset of a dataset on the hub"
+    )
+    target: str | None = Field(
+        None, description="jsonl, summarization: column of the label or summary; null: label, or summary"
     )
     path: str | None = Field(
         None,
@@ -95,18 +133,24 @@ class DataConfig(Section):
     )
     split: str = Field("validation", description="dataset split")
     pattern: str | None = Field(
-        None, description="classification: the task's pattern that writes examples as text; null: its first"
+        None,
+        description="classification: the task's pattern that writes examples as text; null: its first; "
+        "jsonl, summarization: the pattern itself, with {column} places, without the space that the answer begins with",
     )
-    verbalizer: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        None, description="classification: the words of each label, in the order of the labels; null: the pattern's own"
+    verbalizer: Verbalizer | None = Field(
+        None,
+        description="classification: the words of each label, in the order of the labels; null: the pattern's own; "
+        "jsonl: {label: words}",
     )
     seed: NonNegativeInt | None = Field(
         None,
         description="classification: seed of the examples, those that are shown or trained on and those that are "
         "evaluated; null: seed",
     )
-    ood: list[ClassificationTask] = Field(
-        [], description="classification: sets of another distribution, with the task's labels, evaluated as well"
+    ood: list[str] = Field(
+        [],
+        description="classification: sets of another distribution, with the task's labels, evaluated as well; jsonl, "
+        "summarization: other splits of files or hub",
     )
     documents: list[int | str] | None = Field(
         None,
@@ -136,6 +180,30 @@ class DataConfig(Section):
         ):
             if placeholder not in getattr(self, key):
                 raise ValueError(f"{key} must contain {placeholder}, got {getattr(self, key)!r}")
+        return self
+
+    @property
+    def is_own(self) -> bool:
+        return self.task in typing.get_args(OwnTask)
+
+    @model_validator(mode="after")
+    def _of_the_task(self):
+        by_label = isinstance(self.verbalizer, dict)
+        if not self.is_own:
+            if by_label:
+                raise ValueError(f"verbalizer must be a list of words for task={self.task}, got {self.verbalizer}")
+            return self
+        problems = []
+        if (self.files is None) == (self.hub is None):
+            problems.append("files or hub (one of them) must say where the examples are")
+        if self.pattern is None:
+            problems.append('pattern must be the text of a query, like "{text}\\nSentiment:"')
+        if self.task == "jsonl" and (not by_label or len(self.verbalizer) < 2):
+            problems.append(
+                f"verbalizer must map two or more labels to words, like {{pos: good, neg: bad}}, got {self.verbalizer}"
+            )
+        if problems:
+            raise ValueError(f"task={self.task}: " + "; ".join(problems))
         return self
 
 
@@ -258,8 +326,8 @@ class DistillConfig(Section):
     )
     examples: PositiveInt | None = Field(
         256,
-        description="classification: how many unlabelled inputs of the train split the student learns from; null: all "
-        "that are not demonstrations",
+        description="classification, summarization: how many inputs of the train split the student learns from; null: "
+        "all that are not demonstrations",
     )
     context_cache_gib: NonNegativeFloat = Field(
         2.0, description="online: encoded contexts that each process keeps between steps, the last used ones, in GiB"
@@ -351,8 +419,11 @@ class EvaluateConfig(Section):
     answers: bool = Field(True, description="also generate greedy answers (token F1, exact match)")
     max_new_tokens: PositiveInt = Field(24, description="longest generated answer")
     batch_size: PositiveInt = Field(64, description="sequences per forward pass, also in the teach phase")
+    max_summary_tokens: PositiveInt = Field(128, description="summarization: longest generated summary")
     max_examples: PositiveInt | None = Field(
-        None, description="classification: evaluate so many examples of each set, drawn with the seed; null: all"
+        None,
+        description="classification, summarization: evaluate so many examples of each set, drawn with the seed; null: "
+        "all",
     )
 
 
@@ -366,16 +437,20 @@ _CLASSIFICATION_KEYS = [
     *(f"data.{key}" for key in ("pattern", "verbalizer", "seed", "ood")),
     *("icl", "evaluate.max_examples", "distill.examples"),
 ]
+_LABEL_KEYS = ["data.verbalizer", "icl.balanced", "icl.score", "icl.calibrate", "pbft"]
+_SUMMARY_KEYS = ["evaluate.max_summary_tokens"]
+_TRAINING_KEYS = ["resume", "distill", "peft", "train", "deepspeed.offload_optimizer"]
 UNUSED = {
-    ("distill", "documents"): [*_CLASSIFICATION_KEYS, "pbft"],
-    ("distill", "classification"): [*_DOCUMENT_KEYS, "pbft", "icl.calibrate"],
-    ("icl", "classification"): [
-        *_DOCUMENT_KEYS,
-        *("resume", "pbft", "distill", "peft", "train", "deepspeed.offload_optimizer"),
-    ],
-    ("pbft", "classification"): [*_DOCUMENT_KEYS, "distill", "icl.calibrate"],
-    ("ft", "classification"): [*_DOCUMENT_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
+    ("distill", "documents"): [*_CLASSIFICATION_KEYS, *_SUMMARY_KEYS, "pbft"],
+    ("distill", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "pbft", "icl.calibrate"],
+    ("distill", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS],
+    ("icl", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_TRAINING_KEYS, "pbft"],
+    ("icl", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS, *_TRAINING_KEYS],
+    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "icl.calibrate"],
+    ("pbft", "summarization"): [*(k for k in _DOCUMENT_KEYS if k != "data.answer_end"), *_LABEL_KEYS, "distill"],
+    ("ft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
 }
+_OWN_KEYS = ["data.files", "data.hub", "data.target"]
 
 
 class Config(Section):
@@ -427,15 +502,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _method(self):
         if (self.method, self.kind) not in UNUSED:
-            fitting = [k for method, k in UNUSED if method == self.method]
-            raise ValueError(f"method={self.method} needs a {fitting[0]} task, got data.task={self.data.task}")
-        set_in_vain = [key for key in UNUSED[self.method, self.kind] if self._is_set(key)]
+            fitting = " or ".join(kind for method, kind in UNUSED if method == self.method)
+            raise ValueError(f"method={self.method} needs a {fitting} task, got data.task={self.data.task}")
+        set_in_vain = [key for key in self.unused if self._is_set(key)]
         if set_in_vain:
             raise ValueError(
                 f"method={self.method} with data.task={self.data.task} does not use {', '.join(set_in_vain)}; remove "
                 "what is not used"
             )
-        if self.method == "distill" and self.kind == "classification" and self.icl.num_shots == 0:
+        if self.method == "distill" and self.kind != "documents" and self.icl.num_shots == 0:
             raise ValueError("icl.num_shots=0: without demonstrations there is nothing to distil; use 1 or more")
         if self.method in ("pbft", "ft") and self.icl.num_shots == 0:
             raise ValueError("icl.num_shots=0: without labelled examples there is nothing to train on; use 1 or more")
@@ -451,8 +526,15 @@ class Config(Section):
         return self.seed if self.data.seed is None else self.data.seed
 
     @property
-    def kind(self) -> Literal["documents", "classification"]:
+    def kind(self) -> Literal["documents", "classification", "summarization"]:
+        if self.data.task == "summarization":
+            return "summarization"
         return "documents" if self.data.task in typing.get_args(DocumentTask) else "classification"
+
+    @property
+    def unused(self) -> list[str]:
+        """Keys that this method does not use with this task."""
+        return [*UNUSED[self.method, self.kind], *(["data.root"] if self.data.is_own else _OWN_KEYS)]
 
     def _is_set(self, key: str) -> bool:
         section, _, name = key.rpartition(".")
@@ -461,7 +543,7 @@ class Config(Section):
     def plain(self) -> dict[str, Any]:
         """Plain values of every key that the method uses."""
         plain = self.model_dump(mode="json")
-        for key in UNUSED[self.method, self.kind]:
+        for key in self.unused:
             section, _, name = key.rpartition(".")
             del (plain[section] if section else plain)[name]
         return plain
@@ -607,6 +689,8 @@ def _explain(error: dict[str, Any], schema: type[Section]) -> str:
         text = str(error["ctx"]["error"])
         return f"{key}.{text}" if key else text
     message = error["msg"][0].lower() + error["msg"][1:]
+    if kind == "string_type" and isinstance(value, bool):
+        message += "; quote it: in YAML Yes, No, On and Off are true and false"
     return f"{key}: got {value!r}, {message.replace('input should be', 'expected')}"
 
 

@@ -62,7 +62,7 @@ def measure(predictions: Predictions, gold: list[int], *, resamples: int = RESAM
     if resamples:
         resampled = _figures(resample(features, resamples, seed), num_labels)
         for name, values in resampled.items():
-            intervals[name] = values.quantile(torch.tensor(INTERVAL, dtype=values.dtype)).tolist()
+            intervals[name] = interval(values)
     return {
         "examples": len(gold),
         **found,
@@ -70,6 +70,11 @@ def measure(predictions: Predictions, gold: list[int], *, resamples: int = RESAM
         "class_accuracy": [r if n else None for r, n in zip(recall.tolist(), occurs.tolist(), strict=True)],
         **({"intervals": intervals} if resamples else {}),
     }
+
+
+def interval(values: torch.Tensor) -> list[float]:
+    """[low, high] of a figure, from its values over the resamples."""
+    return values.quantile(torch.tensor(INTERVAL, dtype=values.dtype)).tolist()
 
 
 def _features(predictions: Predictions, gold: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,15 @@ METHODS = {
     "ft": "fine-tuning with a classification head",
     "distill": "context distillation",
 }
+OF_LABELS = (
+    "F1: mean over the labels. NLL: of the right label among the labels, in nats. ECE: expected calibration error. No "
+    "label: where the model's most likely token begins no label. Majority: the accuracy of always answering the set's "
+    "most frequent label."
+)
+OF_SUMMARIES = (
+    "ROUGE: F-measures of the words (1), pairs of words (2) and the longest common subsequence (L) that a greedy "
+    "summary shares with the reference. NLL: of the references, in nats per token. Tokens: of a greedy summary."
+)
 
 
 def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
@@ -62,7 +71,7 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
 
 
 def write_sets_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
-    """Write <folder>/report.html of a classification: figures of each set and group, training, time, configuration."""
+    """Write <folder>/report.html of labels or summaries: figures of sets and groups, training, time, configuration."""
     metrics = _read_metrics(folder)
     trained = f"; {summary['trained_parameters']:,} trained parameters" if metrics else ""
     tokens = summary["inference_tokens_per_query"]
@@ -70,9 +79,8 @@ def write_sets_report(folder: Path, config: Config, summary: dict[str, Any]) -> 
         f"<h1>{text(config.model.name_or_path)}: {METHODS[summary['method']]}</h1>",
         f"<p>{text(sets_title(summary))}; split {text(summary['split'])}; {tokens:,.0f} tokens per query{trained}.</p>",
         _table(*sets_rows(summary)),
-        "<p>95 %: bootstrap interval of the accuracy over the examples. F1: mean over the labels. NLL: of the right "
-        "label among the labels, in nats. ECE: expected calibration error. No label: where the model's most likely "
-        "token begins no label. Majority: the accuracy of always answering the set's most frequent label.</p>",
+        f"<p>95 %: bootstrap interval of the {'ROUGE-L' if 'rougeL' in summary else 'accuracy'} over the examples. "
+        f"{OF_SUMMARIES if 'rougeL' in summary else OF_LABELS}</p>",
     ]
     for name, figures in summary["sets"].items():
         if "groups" in figures:

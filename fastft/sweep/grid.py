@@ -201,7 +201,7 @@ def _resolve(
     config, problems = check({**raw, "output_dir": str(output_dir)})
     if config is None:
         return None, problems
-    if config.kind == "classification":
+    if config.kind != "documents":
         try:
             select_tasks(config.data)
             select_pattern(config.data)

@@ -33,6 +33,7 @@ from fastft.config import load_config
 from fastft.errors import ConfigError, FastftError, Interrupted
 from fastft.files import write_text
 from fastft.report.rows import rows_of
+from fastft.report.table import percent
 from fastft.sweep.grid import Run, Sweep, identity, select_part
 from fastft.sweep.table import seeds_table, write_table
 
@@ -333,4 +334,5 @@ def _gpus() -> list[str]:
 
 
 def _headline(name: str, figures: dict[str, Any]) -> str:
-    return f"{name} {100 * figures['accuracy']:.1f} %"
+    figure = next(key for key in ("accuracy", "rougeL") if key in figures)
+    return f"{name} {percent(figures[figure])}"

@@ -34,7 +34,7 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
         pyarrow.parquet.write_table(table, path)
 
 
-SHOWN = {"accuracy": percent, "mcc": number, "nll": number, "recovery": number}
+SHOWN = {"accuracy": percent, "rougeL": percent, "mcc": number, "nll": number, "recovery": number}
 
 
 def seeds_table(sweep: Sweep, rows: list[dict[str, Any]]) -> Table:
