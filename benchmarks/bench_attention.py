@@ -3,8 +3,9 @@
 python benchmarks/bench_attention.py --device cpu
 python benchmarks/bench_attention.py --device cuda --model llama-3-8b --sequences 32 --longest 512 --context 2048
 
-`fastft` is `packed_attention` as model.attention=auto runs it, `fastft_NAME` with another back end that can be used
-here. Lengths are uniform from an eighth of the longest to the longest. Peers of a pack, forward and backward:
+`fastft` is `packed_attention` as model.attention=auto runs it (on a CPU the project's own kernel where no gradient is
+needed), `fastft_NAME` with another back end that can be used here, `fastft_sdpa` padded through torch's. Lengths are
+uniform from an eighth of the longest to the longest. Peers of a pack, forward and backward:
 
     padded    torch's scaled_dot_product_attention over [B, H, longest, D], without what padding itself costs
     masked    the same over one row [1, H, T, D] with a block-causal mask [T, T]; key/value heads expanded, without
@@ -74,7 +75,7 @@ class Pack:
         case = (self.inputs[0].device, self.inputs[0].dtype, self.args.head_size)
         auto = flash.select("auto", *case)
         others = [b.name for b in flash.BACKENDS if b is not auto and b.obstacle(*case) is None]
-        padded = ["sdpa"] if auto else []
+        padded = ["sdpa"] if auto or self.args.device == "cpu" else []
         return {"fastft": "auto"} | {f"fastft_{name}": name for name in (*others, *padded)}
 
     def pairs(self) -> int:

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 from fastft import __version__
 from fastft.config import describe, load_config
@@ -44,6 +45,31 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--debug", action="store_true", help="show tracebacks")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
     evaluate.set_defaults(function=_evaluate)
+    sweep = commands.add_parser(
+        "sweep",
+        help="a grid of runs: start those that are not done, and write one table",
+        usage="fastft sweep --cfg FILE [--dry-run] [--part i/n] [key=value ...]",
+        epilog=sweep_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the sweep")
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs and which are done; start nothing")
+    sweep.add_argument("--part", metavar="i/n", help="every n-th run, from the i-th: one part for each node")
+    sweep.add_argument("--debug", action="store_true", help="show tracebacks")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="values over those in FILE (base.seed=1)")
+    sweep.set_defaults(function=_sweep)
+    report = commands.add_parser(
+        "report",
+        help="compare finished runs: tables and pictures for a paper",
+        usage="fastft report FOLDER [FOLDER ...] [--out DIR]",
+        description="Compare finished runs on classification tasks: accuracy in and out of domain, by method, number "
+        "of shots and cost, with 95 % intervals over seeds and examples. Writes tables (.md, .tex, .csv), pictures "
+        "(.svg, .pdf, .png) and report.html, which holds them all.",
+    )
+    report.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep's output_dir, or a run's")
+    report.add_argument("--out", metavar="DIR", help="where to write (FOLDER/comparison when there is one FOLDER)")
+    report.add_argument("--debug", action="store_true", help="show tracebacks")
+    report.set_defaults(function=_report)
     doctor = commands.add_parser("doctor", help="what is built and installed, and what will be used")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
@@ -116,6 +142,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from fastft.sweep.grid import load_sweep
+    from fastft.sweep.runner import list_runs, run_sweep
+
+    sweep = load_sweep(arguments.cfg, arguments.overrides)
+    return (list_runs if arguments.dry_run else run_sweep)(sweep, part=arguments.part)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from fastft.report.paper import write_comparison
+
+    out = Path(arguments.out) if arguments.out else None
+    path, missing = write_comparison([Path(folder) for folder in arguments.folders], out)
+    for line in missing:
+        print(f"missing    {line}")
+    print(f"report     {path}; its tables as .md, .tex and .csv, its pictures as .svg, .pdf and .png beside it")
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from fastft.engine.quiet import quiet
 
@@ -133,6 +178,16 @@ def config_reference() -> str:
             lines += ["", f"{key}: {text}"]
         else:
             lines += [f"  {key}: {kind} = {default}", f"      {text}"]
+    return "\n".join(lines)
+
+
+def sweep_reference() -> str:
+    """What a sweep's file looks like, and its keys."""
+    from fastft.sweep import grid
+
+    lines = [*grid.__doc__.splitlines(), "keys (key: type = default):"]
+    for key, kind, default, text in describe(grid.SweepConfig):
+        lines += [f"  {key}: {kind} = {default}", f"      {text}"]
     return "\n".join(lines)
 
 

@@ -8,16 +8,26 @@ out of range are collected and reported together. The DeepSpeed configuration is
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from fastft.errors import ConfigError
 
@@ -26,6 +36,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+# Keys that say where a run works, not what it computes.
+PLACES = ("output_dir", "overwrite", "resume", "cache_dir", "deepspeed.threads_per_rank")
 
 
 class Section(BaseModel):
@@ -76,11 +89,39 @@ DocumentTask = Literal["documents", "narrativeqa"]
 ClassificationTask = Literal[
     "rte", "mnli", "mnli_binary", "hans", "qqp", "paws_qqp", "cola", "cola_ood", "commonsense_qa"
 ]
+OwnTask = Literal["jsonl", "summarization"]  # examples of one's own; what they look like stands in the config
+
+
+def label_name(value: Any) -> Any:
+    """A label as text, alike from YAML, JSON and CSV: 0 is "0", true is "true"."""
+    return json.dumps(value) if isinstance(value, bool | int) else value
+
+
+Label = Annotated[str, BeforeValidator(label_name)]
+Words = Annotated[str, Field(min_length=1)]
+# The tags keep errors about one of the two from coming with errors about the other.
+Verbalizer = Annotated[
+    Annotated[list[Words], Tag("list")] | Annotated[dict[Label, Words], Tag("dict")],
+    Discriminator(lambda value: "dict" if isinstance(value, dict) else "list"),
+]
 
 
 class DataConfig(Section):
-    task: DocumentTask | ClassificationTask = Field(
-        "documents", description="where documents and questions, or labelled examples, come from"
+    task: DocumentTask | ClassificationTask | OwnTask = Field(
+        "documents",
+        description="where documents and questions, labelled examples, or texts with summaries come from; jsonl and "
+        "summarization: from data.files or data.hub",
+    )
+    files: dict[str, str] | None = Field(
+        None,
+        description="jsonl, summarization: split -> its file, .jsonl, .csv or .tsv, each also .gz; demonstrations and "
+        "training examples come from train",
+    )
+    hub: str | None = Field(
+        None, description="in place of files: owner/name or owner/name:subset of a dataset on the hub"
+    )
+    target: str | None = Field(
+        None, description="jsonl, summarization: column of the label or summary; null: label, or summary"
     )
     path: str | None = Field(
         None,
@@ -92,18 +133,24 @@ class DataConfig(Section):
     )
     split: str = Field("validation", description="dataset split")
     pattern: str | None = Field(
-        None, description="classification: the task's pattern that writes examples as text; null: its first"
+        None,
+        description="classification: the task's pattern that writes examples as text; null: its first; "
+        "jsonl, summarization: the pattern itself, with {column} places, without the space that the answer begins with",
     )
-    verbalizer: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        None, description="classification: the words of each label, in the order of the labels; null: the pattern's own"
+    verbalizer: Verbalizer | None = Field(
+        None,
+        description="classification: the words of each label, in the order of the labels; null: the pattern's own; "
+        "jsonl: {label: words}",
     )
     seed: NonNegativeInt | None = Field(
         None,
         description="classification: seed of the examples, those that are shown or trained on and those that are "
         "evaluated; null: seed",
     )
-    ood: list[ClassificationTask] = Field(
-        [], description="classification: sets of another distribution, with the task's labels, evaluated as well"
+    ood: list[str] = Field(
+        [],
+        description="classification: sets of another distribution, with the task's labels, evaluated as well; jsonl, "
+        "summarization: other splits of files or hub",
     )
     documents: list[int | str] | None = Field(
         None,
@@ -133,6 +180,30 @@ class DataConfig(Section):
         ):
             if placeholder not in getattr(self, key):
                 raise ValueError(f"{key} must contain {placeholder}, got {getattr(self, key)!r}")
+        return self
+
+    @property
+    def is_own(self) -> bool:
+        return self.task in typing.get_args(OwnTask)
+
+    @model_validator(mode="after")
+    def _of_the_task(self):
+        by_label = isinstance(self.verbalizer, dict)
+        if not self.is_own:
+            if by_label:
+                raise ValueError(f"verbalizer must be a list of words for task={self.task}, got {self.verbalizer}")
+            return self
+        problems = []
+        if (self.files is None) == (self.hub is None):
+            problems.append("files or hub (one of them) must say where the examples are")
+        if self.pattern is None:
+            problems.append('pattern must be the text of a query, like "{text}\\nSentiment:"')
+        if self.task == "jsonl" and (not by_label or len(self.verbalizer) < 2):
+            problems.append(
+                f"verbalizer must map two or more labels to words, like {{pos: good, neg: bad}}, got {self.verbalizer}"
+            )
+        if problems:
+            raise ValueError(f"task={self.task}: " + "; ".join(problems))
         return self
 
 
@@ -258,8 +329,8 @@ class DistillConfig(Section):
     )
     examples: PositiveInt | None = Field(
         256,
-        description="classification: how many unlabelled inputs of the train split the student learns from; null: all "
-        "that are not demonstrations",
+        description="classification, summarization: how many inputs of the train split the student learns from; null: "
+        "all that are not demonstrations",
     )
     context_cache_gib: NonNegativeFloat = Field(
         2.0, description="online: encoded contexts that each process keeps between steps, the last used ones, in GiB"
@@ -381,8 +452,11 @@ class EvaluateConfig(Section):
     answers: bool = Field(True, description="also generate greedy answers (token F1, exact match)")
     max_new_tokens: PositiveInt = Field(24, description="longest generated answer")
     batch_size: PositiveInt = Field(64, description="sequences per forward pass, also in the teach phase")
+    max_summary_tokens: PositiveInt = Field(128, description="summarization: longest generated summary")
     max_examples: PositiveInt | None = Field(
-        None, description="classification: evaluate so many examples of each set, drawn with the seed; null: all"
+        None,
+        description="classification, summarization: evaluate so many examples of each set, drawn with the seed; null: "
+        "all",
     )
 
 
@@ -396,16 +470,20 @@ _CLASSIFICATION_KEYS = [
     *(f"data.{key}" for key in ("pattern", "verbalizer", "seed", "ood")),
     *("icl", "evaluate.max_examples", "distill.examples"),
 ]
+_LABEL_KEYS = ["data.verbalizer", "icl.balanced", "icl.score", "icl.calibrate", "pbft"]
+_SUMMARY_KEYS = ["evaluate.max_summary_tokens"]
+_TRAINING_KEYS = ["resume", "distill", "peft", "train", "deepspeed.offload_optimizer"]
 UNUSED = {
-    ("distill", "documents"): [*_CLASSIFICATION_KEYS, "pbft"],
-    ("distill", "classification"): [*_DOCUMENT_KEYS, "pbft", "icl.calibrate"],
-    ("icl", "classification"): [
-        *_DOCUMENT_KEYS,
-        *("resume", "pbft", "distill", "peft", "train", "deepspeed.offload_optimizer"),
-    ],
-    ("pbft", "classification"): [*_DOCUMENT_KEYS, "distill", "icl.calibrate"],
-    ("ft", "classification"): [*_DOCUMENT_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
+    ("distill", "documents"): [*_CLASSIFICATION_KEYS, *_SUMMARY_KEYS, "pbft"],
+    ("distill", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "pbft", "icl.calibrate"],
+    ("distill", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS],
+    ("icl", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_TRAINING_KEYS, "pbft"],
+    ("icl", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS, *_TRAINING_KEYS],
+    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "icl.calibrate"],
+    ("pbft", "summarization"): [*(k for k in _DOCUMENT_KEYS if k != "data.answer_end"), *_LABEL_KEYS, "distill"],
+    ("ft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
 }
+_OWN_KEYS = ["data.files", "data.hub", "data.target"]
 
 
 class Config(Section):
@@ -466,15 +544,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _method(self):
         if (self.method, self.kind) not in UNUSED:
-            fitting = [k for method, k in UNUSED if method == self.method]
-            raise ValueError(f"method={self.method} needs a {fitting[0]} task, got data.task={self.data.task}")
-        set_in_vain = [key for key in UNUSED[self.method, self.kind] if self._is_set(key)]
+            fitting = " or ".join(kind for method, kind in UNUSED if method == self.method)
+            raise ValueError(f"method={self.method} needs a {fitting} task, got data.task={self.data.task}")
+        set_in_vain = [key for key in self.unused if self._is_set(key)]
         if set_in_vain:
             raise ValueError(
                 f"method={self.method} with data.task={self.data.task} does not use {', '.join(set_in_vain)}; remove "
                 "what is not used"
             )
-        if self.method == "distill" and self.kind == "classification" and self.icl.num_shots == 0:
+        if self.method == "distill" and self.kind != "documents" and self.icl.num_shots == 0:
             raise ValueError("icl.num_shots=0: without demonstrations there is nothing to distil; use 1 or more")
         if self.method in ("pbft", "ft") and self.icl.num_shots == 0:
             raise ValueError("icl.num_shots=0: without labelled examples there is nothing to train on; use 1 or more")
@@ -490,20 +568,31 @@ class Config(Section):
         return self.seed if self.data.seed is None else self.data.seed
 
     @property
-    def kind(self) -> Literal["documents", "classification"]:
+    def kind(self) -> Literal["documents", "classification", "summarization"]:
+        if self.data.task == "summarization":
+            return "summarization"
         return "documents" if self.data.task in typing.get_args(DocumentTask) else "classification"
+
+    @property
+    def unused(self) -> list[str]:
+        """Keys that this method does not use with this task."""
+        return [*UNUSED[self.method, self.kind], *(["data.root"] if self.data.is_own else _OWN_KEYS)]
 
     def _is_set(self, key: str) -> bool:
         section, _, name = key.rpartition(".")
         return name in (getattr(self, section) if section else self).model_fields_set
 
-    def dump(self) -> str:
-        """YAML that loads back to an equal config."""
+    def plain(self) -> dict[str, Any]:
+        """Plain values of every key that the method uses."""
         plain = self.model_dump(mode="json")
-        for key in UNUSED[self.method, self.kind]:
+        for key in self.unused:
             section, _, name = key.rpartition(".")
             del (plain[section] if section else plain)[name]
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return plain
+
+    def dump(self) -> str:
+        """YAML that loads back to an equal config."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
 
     @property
     def cache_path(self) -> Path:
@@ -535,6 +624,11 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
 
     Raises ConfigError with every problem found.
     """
+    return validate(load_values(path, overrides), source=str(path))
+
+
+def load_values(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file with overrides, not validated; raises ConfigError where it cannot be read."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -552,20 +646,53 @@ def load_config(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
         raise ConfigError(f"--cfg {path}: expected `key: value` pairs, found {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
-    return validate(raw, source=str(path))
+    return raw
 
 
 def validate(raw: dict[str, Any], source: str = "config") -> Config:
     """A Config from plain values; raises ConfigError that lists every problem."""
+    config, problems = check(raw)
+    if config is None:
+        raise ConfigError(list_problems(source, problems))
+    return config
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def check(raw: dict[str, Any], schema: type[SectionType] = Config) -> tuple[SectionType | None, list[str]]:
+    """What plain values come to under a schema: the section, or None and every problem in a line of its own."""
     try:
-        return Config.model_validate(raw)
+        return schema.model_validate(raw), []
     except ValidationError as error:
         # One line a key: a union reports each member that did not fit.
-        problems = list({p.partition(":")[0]: p for p in reversed([_explain(e) for e in error.errors()])}.values())[
-            ::-1
-        ]
-        head = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ConfigError("\n".join([head, *(f"  {p}" for p in problems)])) from None
+        explained = reversed([_explain(e, schema) for e in error.errors()])
+        return None, list({p.partition(":")[0]: p for p in explained}.values())[::-1]
+
+
+def list_problems(source: str, problems: list[str]) -> str:
+    head = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return "\n".join([head, *(f"  {p}" for p in problems)])
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values by dotted key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def set_value(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set `key.sub` among plain values; raises ConfigError where what stands before a dot is no section."""
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key!r}: {parent} is not a section")
+    node[last] = value
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -576,18 +703,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         parsed = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not valid YAML") from None
-    *parents, last = key.split(".")
-    node = raw
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{override!r}: {parent} is not a section")
-    node[last] = parsed
+    set_value(raw, key, parsed)
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], schema: type[Section]) -> str:
     # Union members appear in the location as their type ("list[str]", "literal['all-linear']"); keys only are shown.
-    fields = {path for path, *_ in describe()}
+    fields = {path for path, *_ in describe(schema)}
     parts: list[str] = []
     for part in map(str, error["loc"]):
         if ".".join([*parts, part]) in fields or error["type"] == "extra_forbidden" or part.isdigit():
@@ -610,6 +731,8 @@ def _explain(error: dict[str, Any]) -> str:
         text = str(error["ctx"]["error"])
         return f"{key}.{text}" if key else text
     message = error["msg"][0].lower() + error["msg"][1:]
+    if kind == "string_type" and isinstance(value, bool):
+        message += "; quote it: in YAML Yes, No, On and Off are true and false"
     return f"{key}: got {value!r}, {message.replace('input should be', 'expected')}"
 
 

@@ -95,7 +95,9 @@ def _version(name: str) -> str | None:
 
 def _attention(gpu: bool) -> dict[str, str]:
     """What `model.attention` can be here and what auto is, for a usual model: bfloat16, heads of 64."""
-    found = {"cpu": "sequences padded; torch's flash kernel, plain products for short packs"}
+    kernel = ops.cpu_capability() not in (None, "scalar")
+    padded = "sequences padded; torch's flash kernel, plain products for short packs"
+    found = {"cpu": f"without gradient fastft's kernel, ragged; with gradient {padded}" if kernel else padded}
     if not gpu:
         return found | {"gpu": "none is visible"}
     case = (torch.device("cuda", 0), torch.bfloat16, 64)

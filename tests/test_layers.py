@@ -11,12 +11,12 @@ from tests.conftest import ROOT
 
 # Higher layers may import lower ones, and modules of their own layer.
 LAYERS = [
-    {"errors", "distributed"},
+    {"errors", "files", "distributed"},
     {"config", "ops"},
     {"tasks", "models", "data", "peft", "optim"},
     {"methods"},
     {"report"},
-    {"engine", "doctor"},
+    {"engine", "doctor", "sweep"},
     {"cli"},
     {"train"},
 ]

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fastft/attention.h"
 #include "fastft/bias_adamw.h"
 #include "fastft/cpu_capability.h"
 #include "fastft/cross_entropy.h"
@@ -17,6 +18,8 @@ namespace fastft {
 
 #define FASTFT_DECLARE_TARGET(target)                                                     \
     namespace target {                                                                    \
+    void attention_pack(const AttentionArgs&, int64_t, int64_t);                          \
+    void attention(const AttentionArgs&, int64_t, int64_t);                               \
     void log_softmax_kl_rows(const LogSoftmaxKlArgs&, int64_t, int64_t);                  \
     void log_softmax_kl_backward_rows(const LogSoftmaxKlBackwardArgs&, int64_t, int64_t); \
     void topk_kl_rows(const TopkKlArgs&, int64_t, int64_t);                               \
@@ -117,6 +120,12 @@ void set_cpu_capability(const char* name) {
 #define FASTFT_CALL(function, ...) return scalar::function(__VA_ARGS__)
 #endif
 
+void attention_pack_cpu(const AttentionArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(attention_pack, args, begin, end);
+}
+void attention_cpu(const AttentionArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(attention, args, begin, end);
+}
 void log_softmax_kl_cpu(const LogSoftmaxKlArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(log_softmax_kl_rows, args, begin, end);
 }

@@ -96,6 +96,8 @@ inline VecF fma_(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v
 // The instruction returns its second operand where either is NaN, like max_ of scalars.
 inline VecF max_(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline VecF splat_(float x) { return {_mm512_set1_ps(x)}; }
+inline float max_lanes_(VecF x) { return _mm512_reduce_max_ps(x.v); }
+inline float sum_lanes_(VecF x) { return _mm512_reduce_add_ps(x.v); }
 
 inline VecF exp2_(VecF x) {
     // -inf and everything that would be subnormal becomes -200, which scalef turns into 0.
@@ -182,6 +184,18 @@ inline VecF select_(MaskF m, VecF a, VecF b) { return {_mm256_blendv_ps(b.v, a.v
 inline VecF fma_(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline VecF max_(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline VecF splat_(float x) { return {_mm256_set1_ps(x)}; }
+template <class F>
+inline float fold_lanes_(VecF x, F&& f) {
+    const VecF half = f(x, VecF{_mm256_permute2f128_ps(x.v, x.v, 1)});
+    const VecF quarter = f(half, VecF{_mm256_permute_ps(half.v, 0x4e)});
+    return _mm256_cvtss_f32(f(quarter, VecF{_mm256_permute_ps(quarter.v, 0xb1)}).v);
+}
+inline float max_lanes_(VecF x) {
+    return fold_lanes_(x, [](VecF a, VecF b) { return max_(a, b); });
+}
+inline float sum_lanes_(VecF x) {
+    return fold_lanes_(x, [](VecF a, VecF b) { return a + b; });
+}
 
 inline VecF exp2_(VecF x) {
     // Kept where x >= -126 or NaN; -inf and subnormal results become 0.
@@ -260,6 +274,13 @@ using VecF = float;
 #endif
 
 // --- What a kernel template asks for: the value type of an element type, and blocks of values -----------
+
+inline double max_lanes_(double x) { return x; }
+inline double sum_lanes_(double x) { return x; }
+#if !defined(__AVX512F__) && !defined(__AVX2__)
+inline float max_lanes_(float x) { return x; }
+inline float sum_lanes_(float x) { return x; }
+#endif
 
 template <class T>
 struct ValueOf {

@@ -10,6 +10,11 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(fastft, m) {
+    // Of the CPU alone; a GPU has flash-attn's kernels.
+    m.def(
+        "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? "
+        "seqused_k, Tensor? prefix_k, "
+        "Tensor? prefix_v, float scale, bool is_causal) -> (Tensor out, Tensor lse)");
     m.def(
         "log_softmax_kl(Tensor student_logits, Tensor teacher_logits, Tensor? weights, float temperature, "
         "str direction, float beta) -> (Tensor kl, Tensor stats)");
@@ -85,6 +90,7 @@ STABLE_TORCH_LIBRARY(fastft, m) {
 
 // One glue function serves both devices; which kernel it calls is the tensor's device.
 FASTFT_IMPL(CPU)
+STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) { m.impl("attention", TORCH_BOX(&fastft::attention)); }
 
 #ifdef FASTFT_WITH_CUDA
 FASTFT_IMPL(CUDA)

@@ -12,6 +12,10 @@ namespace fastft {
 
 using torch::stable::Tensor;
 
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                     std::optional<Tensor> seqused_k, std::optional<Tensor> prefix_k,
+                                     std::optional<Tensor> prefix_v, double scale, bool is_causal);
 std::tuple<Tensor, Tensor> log_softmax_kl_forward(const Tensor& student, const Tensor& teacher,
                                                   std::optional<Tensor> weights, double temperature,
                                                   std::string direction, double beta);

@@ -18,7 +18,6 @@ from fastft.methods import distill, icl
 from fastft.methods.evaluation import recovery
 from fastft.models import loading
 from fastft.models.attention import Prefix
-from fastft.models.causal import PackedCausalLM
 from fastft.models.text import Text
 from fastft.report import before_after
 from fastft.tasks import Example
@@ -42,12 +41,10 @@ class Demonstrations(FewShot):
             (k, len(icl.encode_demonstrations(self.pattern, self.sample(k), text)))
             for k in range(shown - step, -1, -step)
         )
-        icl.check_room(self.encode_context(text), queries, positions, fewer)
+        icl.check_room(self.encode_context(text), self.room(queries, text), positions, fewer)
         return queries
 
-    def calibrate(
-        self, lm: PackedCausalLM, answers: Answers, text: Text, ranks: Ranks, *, prefix: Prefix | None
-    ) -> Answers:
+    def calibrate(self, base: Base, answers: Answers, ranks: Ranks, *, prefix: Prefix | None) -> Answers:
         """The answers, contextually calibrated behind the demonstrations in `prefix`.
 
         Raises DataError where the choices are each example's own, which content-free inputs do not have.
@@ -58,9 +55,8 @@ class Demonstrations(FewShot):
                 "content-free input does not have; set icl.calibrate=false or choose a pattern with label words"
             )
         examples = icl.content_free_examples(self.asked[self.task][0])
-        queries = self.encode(examples, text, loading.max_positions(lm.model))
-        size, score = self.config.evaluate.batch_size, self.config.icl.score
-        content_free = icl.classify(lm, queries, ranks, prefix=prefix, batch_size=size, score=score)
+        queries = self.encode(examples, base.text, loading.max_positions(base.lm.model))
+        content_free = self.ask(base, queries, ranks, prefix=prefix)
         return {
             name: replace(answered, predictions=icl.calibrate(answered.predictions, content_free))
             for name, answered in answers.items()
@@ -73,13 +69,19 @@ class Demonstrations(FewShot):
     def prepare(self, base: Base, ranks: Ranks, out: Reporter) -> Prepared:
         """For distillation: one context, which are the demonstrations, and unlabelled inputs to match it on.
 
-        A sequence is a query as it stands behind the demonstrations. Its only completion position is the last, which
-        predicts the label (distill.loss_on=completion); distill.loss_on=all matches every position of the query.
+        A sequence is a query as it stands behind the demonstrations, with what the teacher completes it by. A label is
+        not completed: the only completion position is the query's last, which predicts it (distill.loss_on=completion);
+        distill.loss_on=all matches every position of the query.
         """
         config, text = self.config, base.text
         positions = loading.max_positions(base.lm.model)
         window = Window(self.task, "", self.encode_context(text))
         unseen = [e for e in self.train if e not in self.shots]
+        if not unseen:
+            raise DataError(
+                f"icl.num_shots={len(self.shots)}: all examples of the train split are demonstrations, which leaves no "
+                "inputs to distil them on; use fewer"
+            )
         inputs = self.encode(draw(unseen, config.distill.examples, config.data_seed), text, positions)
         longest, sampled = max(map(len, inputs.prompts)), distill.sampled_tokens(config.distill)
         if positions is not None and len(window.token_ids) + longest + sampled > positions:
@@ -90,10 +92,21 @@ class Demonstrations(FewShot):
             )
         return Prepared(
             windows=[window],
-            sequences=[Sequence(0, "input", tuple(prompt), ()) for prompt in inputs.prompts],
+            sequences=[
+                Sequence(0, "input", tuple(prompt), tuple(completion))
+                for prompt, completion in zip(
+                    inputs.prompts, self.complete(base, window, inputs.prompts, ranks, out), strict=True
+                )
+            ],
             evaluated=self.encode_sets(text, positions),
             control=[],
         )
+
+    def complete(
+        self, base: Base, window: Window, prompts: list[list[int]], ranks: Ranks, out: Reporter
+    ) -> list[list[int]]:
+        """What the teacher writes behind each prompt for the student to learn from."""
+        return [[] for _ in prompts]
 
     def objective(self, base: Base, prepared: Prepared, store: TeacherStore | None) -> Objective:
         return distillation(self.config, base, prepared, store)
@@ -103,7 +116,7 @@ class Demonstrations(FewShot):
         contexts = {"no_context": tuple(base.text.leading), "teacher": prepared.windows[0].token_ids}
         return {
             name: self.answer(
-                base.lm,
+                base,
                 prepared.evaluated,
                 ranks,
                 out,
@@ -125,7 +138,7 @@ class Demonstrations(FewShot):
             **self.summary(sets["student"]),
             "setting": "demonstrations",
             **{f"nll_{name}": value for name, value in nll.items()},
-            **{f"accuracy_{name}": figures["accuracy"] for name, figures in own.items()},
+            **{f"{self.quality}_{name}": figures[self.quality] for name, figures in own.items()},
             "recovery": recovery(nll["no_context"], nll["student"], nll["teacher"]),
             "control_recovery": None,
             "sets_no_context": sets["no_context"],

@@ -18,6 +18,7 @@ from fastft.engine.launch import start
 from fastft.engine.output import begin_results, open_output_dir, write_json
 from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.stop import StopRequest
+from fastft.engine.summaries import SummaryDemonstrations
 from fastft.engine.trainer import gather_by_layer
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
@@ -33,7 +34,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     stop.state = "stopped; nothing was written: the same command starts again"
     stop.install()
     began = time.monotonic()
-    few_shot = Demonstrations.load(config)
+    few_shot = (SummaryDemonstrations if config.kind == "summarization" else Demonstrations).load(config)
     shown = len(few_shot.shots)
 
     ranks = start(config.deepspeed.threads_per_rank)
@@ -43,7 +44,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
         open_output_dir(config, output_dir, ranks)
     base = load_base(config, ranks)
     count = sum(p.numel() for p in base.lm.parameters())
-    lm, stage = partition(base.lm, config, ranks)
+    base.lm, stage = partition(base.lm, config, ranks)
     out.line(
         f"model      {config.model.name_or_path}  {count:,} parameters  {config.model.dtype}  {ranks.device}  "
         f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''} x {torch.get_num_threads()} threads  {stage}"
@@ -53,16 +54,16 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
 
     sets = few_shot.encode_sets(base.text, loading.max_positions(base.lm.model))
     context = few_shot.encode_context(base.text)
-    prefix = lm.encode_prefix(context) if context else None
+    prefix = base.lm.encode_prefix(context) if context else None
     if prefix:
         out.line(
             f"prompt     {shown} demonstrations of {few_shot.task}, {len(context):,} tokens, encoded once: "
             f"{prefix.nbytes / 2**20:.1f} MiB of keys and values"
         )
     prepared = time.monotonic()
-    answers = few_shot.answer(lm, sets, ranks, out, prefix=prefix)
+    answers = few_shot.answer(base, sets, ranks, out, prefix=prefix)
     if config.icl.calibrate:
-        answers = few_shot.calibrate(lm, answers, base.text, ranks, prefix=prefix)
+        answers = few_shot.calibrate(base, answers, ranks, prefix=prefix)
     answered = time.monotonic()
     figures = few_shot.figures(answers, len(context))
     ended = time.monotonic()

@@ -44,10 +44,10 @@ class Labelled(FewShot):
         if self.config.method == "ft":
             labels = [[label] for label in range(self.num_labels)]
             queries = icl.Queries(queries.prompts, [labels] * len(examples))
-        longest = len(text.leading) + queries.longest
+        longest = len(text.leading) + self.room(queries, text)
         if positions is not None and longest > positions:
             raise DataError(
-                f"the longest example of {self.task} takes {longest} tokens with its label, but the model has "
+                f"the longest example of {self.task} takes {longest} tokens with its answer, but the model has "
                 f"{positions} positions; use a shorter data.pattern or a model with more"
             )
         return queries
@@ -58,7 +58,7 @@ class Labelled(FewShot):
     def prepare(self, base: Base, ranks: Ranks, out: Reporter) -> Prepared:
         """A sequence is an example's query, completed by its label."""
         positions = loading.max_positions(base.lm.model)
-        shots = self._encode_shots(base)
+        shots = self.encode_shots(base)
         return Prepared(
             windows=[],
             sequences=[
@@ -69,13 +69,14 @@ class Labelled(FewShot):
             control=[],
         )
 
-    def _encode_shots(self, base: Base) -> icl.ChoiceSet:
+    def encode_shots(self, base: Base) -> icl.ChoiceSet:
+        """What is trained on."""
         queries = self.encode(self.shots, base.text, loading.max_positions(base.lm.model))
         return icl.ChoiceSet(queries.prompts, queries.choices, self.task, [e.label for e in self.shots])
 
     def objective(self, base: Base, prepared: Prepared, store: TeacherStore | None) -> Objective:
         """The labels' tokens over the vocabulary, or the label among the labels; with a head both are the same."""
-        shots, leading = self._encode_shots(base), base.text.leading
+        shots, leading = self.encode_shots(base), base.text.leading
         if self.config.method == "ft" or self.config.pbft.loss_over == "vocabulary":
 
             def vocabulary_loss(engine: nn.Module, examples: list[int], _: list[Sequence]) -> torch.Tensor:

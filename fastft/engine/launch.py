@@ -40,7 +40,10 @@ def start(threads_per_rank: int | None) -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if os.environ["RANK"] == "0" and device.type == "cpu" and not _shared_memory_op_is_built():
+    if os.environ["WORLD_SIZE"] == "1":
+        # Nobody to share memory with; and a process killed while torch loads this op leaves a lock that all wait for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    elif os.environ["RANK"] == "0" and device.type == "cpu" and not _shared_memory_op_is_built():
         print("start      DeepSpeed compiles its shared-memory communication, once (about 20 s)", flush=True)
     try:
         with redirect_stdout(io.StringIO()):  # it reports that build every time

@@ -23,6 +23,7 @@ from fastft.engine.launch import start
 from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
 from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.stop import StopRequest
+from fastft.engine.summaries import SummaryDemonstrations, SummaryLabelled
 from fastft.engine.teach import teach
 from fastft.engine.trainer import Trainer
 from fastft.engine.training import Training
@@ -34,6 +35,8 @@ SOURCES = {
     ("distill", "classification"): Demonstrations,
     ("pbft", "classification"): Labelled,
     ("ft", "classification"): Labelled,
+    ("distill", "summarization"): SummaryDemonstrations,
+    ("pbft", "summarization"): SummaryLabelled,
 }
 
 

@@ -121,21 +121,23 @@ def calibrate(predictions: Predictions, content_free: Predictions) -> Prediction
     return replace(predictions, log_probs=(predictions.log_probs - bias).log_softmax(-1))
 
 
-def check_room(
-    shared: tuple[int, ...], queries: Queries, positions: int | None, fewer: Iterable[tuple[int, int]]
-) -> None:
+def check_room(shared: tuple[int, ...], needed: int, positions: int | None, fewer: Iterable[tuple[int, int]]) -> None:
     """Raise DataError where demonstrations and the longest query are more than the model's positions.
 
+    needed: what the query takes with its answer.
     fewer: (number of demonstrations, tokens that they take) of smaller samples, largest first.
     """
-    needed = queries.longest
     if positions is None or len(shared) + needed <= positions:
         return
     most = next((num_shots for num_shots, tokens in fewer if tokens + needed <= positions), None)
     raise DataError(
         f"the demonstrations take {len(shared)} tokens and the longest query {needed} with its answer, but the model "
         f"has {positions} positions; "
-        + ("no demonstration fits" if not most else f"{most} demonstrations fit: set icl.num_shots={most}")
+        + (
+            "no demonstration fits; use shorter texts or a model with more"
+            if not most
+            else f"{most} demonstrations fit: set icl.num_shots={most}"
+        )
     )
 
 

@@ -61,9 +61,9 @@ def measure(predictions: Predictions, gold: list[int], *, resamples: int = RESAM
     recall = counts.diagonal() / occurs
     intervals = {}
     if resamples:
-        resampled = _figures(_resample(features, resamples, seed), num_labels)
+        resampled = _figures(resample(features, resamples, seed), num_labels)
         for name, values in resampled.items():
-            intervals[name] = values.quantile(torch.tensor(INTERVAL, dtype=values.dtype)).tolist()
+            intervals[name] = interval(values)
     return {
         "examples": len(gold),
         **found,
@@ -71,6 +71,11 @@ def measure(predictions: Predictions, gold: list[int], *, resamples: int = RESAM
         "class_accuracy": [r if n else None for r, n in zip(recall.tolist(), occurs.tolist(), strict=True)],
         **({"intervals": intervals} if resamples else {}),
     }
+
+
+def interval(values: torch.Tensor) -> list[float]:
+    """[low, high] of a figure, from its values over the resamples."""
+    return values.quantile(torch.tensor(INTERVAL, dtype=values.dtype)).tolist()
 
 
 def _features(predictions: Predictions, gold: torch.Tensor) -> torch.Tensor:
@@ -111,7 +116,7 @@ def _figures(sums: torch.Tensor, num_labels: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _resample(features: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
+def resample(features: torch.Tensor, resamples: int, seed: int) -> torch.Tensor:
     """Sums of the features over `resamples` samples of N examples drawn with replacement."""
     count = features.shape[0]
     generator = torch.Generator().manual_seed(seed)

@@ -7,8 +7,9 @@ o_i and lse_i = log sum_j exp(q . k_j * scale), the whole is sum_i exp(lse_i - l
 (the identity behind FlashAttention, Dao et al. 2022, arXiv 2205.14135, and Hydragen, Juravsky et al. 2024,
 arXiv 2402.05099).
 
-On a GPU the sequences' own part is one call over their ragged rows (`flash`), where a library for that takes the dtype;
-with float32 and on a CPU they are padded to [B, L] for it.
+On a GPU the sequences' own part is one call over their ragged rows (`flash`), where a library for that takes the dtype.
+On a CPU the project's kernel (`fastft.ops.attention`) takes ragged rows and prefix in one softmax, with nothing to
+merge. What neither takes is padded to [B, L]: float32 on a GPU, and on a CPU what needs a gradient.
 
 The function is registered with transformers and is reached through the attention interface with a `packed` keyword, so
 no model code is copied. There is one name for each choice of `model.attention`: `implementation(choice)`.
@@ -20,15 +21,18 @@ C prefix length.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from fastft import ops
 from fastft.errors import ModelError
 from fastft.models import flash
 from fastft.models.flash import OutputAndLSE
 from fastft.models.packing import DecodeCache, PackedSequences, Prefix
+from fastft.ops.attention import LARGEST_HEAD
 
 __all__ = [
     "IMPLEMENTATION",
@@ -168,15 +172,66 @@ def merge(o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Te
     return torch.lerp(o2.to(share.dtype), o1.to(share.dtype), share).to(o1.dtype)
 
 
+def _has_kernel(q: torch.Tensor) -> bool:
+    """Whether the project's CPU kernel takes such queries, where no gradient is needed: it wants vectors."""
+    return q.device.type == "cpu" and q.shape[-1] <= LARGEST_HEAD and ops.cpu_capability() not in (None, "scalar")
+
+
+def _attend_ragged(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences, layer: int, scale: float
+) -> torch.Tensor:
+    """Every sequence's attention to its prefix, its cache and itself, by the CPU kernel: [1, T, H, D]."""
+    ends_q = ends_k = packed.cu_seqlens
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    used = None
+    if packed.cache is not None:
+        k, v = (x.flatten(0, 1) for x in packed.extend_cache(layer, k, v))
+        ends_k = torch.arange(len(packed.lengths) + 1, dtype=torch.int32) * packed.cache.capacity
+        used = packed.seqused
+    if packed.prefixes is None:
+        return ops.attention(q, k, v, ends_q, ends_k, seqused_k=used, scale=scale)[0][None]
+    outs, first = [], 0
+    for prefix, count in packed.prefixes:
+        own = slice(first, first + count)
+        group_q, group_k = ends_q[first : first + count + 1], ends_k[first : first + count + 1]
+        rows_q, rows_k = (slice(int(ends[0]), int(ends[-1])) for ends in (group_q, group_k))
+        before = [x[0].transpose(0, 1) for x in prefix.fetch(layer)]
+        out, _ = ops.attention(
+            q[rows_q],
+            k[rows_k],
+            v[rows_k],
+            group_q - rows_q.start,
+            group_k - rows_k.start,
+            seqused_k=None if used is None else used[own],
+            prefix_k=before[0],
+            prefix_v=before[1],
+            scale=scale,
+        )
+        outs.append(out)
+        first += count
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
+
+
+def _attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> OutputAndLSE:
+    """`attention_with_lse` without a mask by the CPU kernel; B is 1."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    ends = (torch.tensor([0, len(x)], dtype=torch.int32) for x in (q, k))
+    out, lse = ops.attention(q, k, v, *ends, scale=scale, is_causal=False)
+    return out.transpose(0, 1)[None], lse[None]
+
+
 def _attend_prefix(
-    q: torch.Tensor, packed: PackedSequences, layer: int, scale: float, backend: flash.Backend | None
+    q: torch.Tensor,
+    packed: PackedSequences,
+    layer: int,
+    scale: float,
+    attend: Callable[..., OutputAndLSE],
 ) -> OutputAndLSE:
     """All packed queries q [1, H, T, D] against the prefixes of their groups: out [1, H, T, D], lse [1, H, T].
 
     The query heads of one key/value head stand next to each other, so [H, T] folds into [G, H/G * T] query rows:
     each key and value is read once for all heads and all sequences that share it.
     """
-    attend = attention_with_lse if backend is None else backend.full
     outs, lses = [], []
     start = sequence = 0
     for prefix, count in packed.prefixes:
@@ -199,10 +254,8 @@ def _attend_cached(
 ) -> OutputAndLSE:
     """Append k, v to the decode cache, then attend to it: out [B, H, L, D], lse [B, H, L]."""
     batch = len(packed.lengths)
-    k_cache, v_cache = packed.cache.buffers(layer, batch, k)
-    k_cache[packed.cache_slots] = k[0].transpose(0, 1)
-    v_cache[packed.cache_slots] = v[0].transpose(0, 1)
-    k_seen, v_seen = k_cache[:, :, : packed.seen], v_cache[:, :, : packed.seen]
+    written = packed.extend_cache(layer, *(x[0].transpose(0, 1) for x in (k, v)))
+    k_seen, v_seen = (x[:, : packed.seen].transpose(1, 2) for x in written)
     q_BHLD = _pad(q, packed)
     heads, kv_heads, longest = q.shape[1], k.shape[1], packed.longest
     if longest == 1:
@@ -265,12 +318,14 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
-    choice: who computes it, see `flash.select`. Decode caches and branches go through torch's masked kernels in any
-    case. Attention dropout needs padding: auto does that, a back end that is named refuses it.
+    choice: who computes it, see `flash.select`; on a CPU, auto is the project's kernel where no gradient is needed, and
+    sdpa torch's. Branches, and on a GPU decode caches, go through torch's masked kernels in any case. Attention dropout
+    needs padding: auto does that, a back end that is named refuses it.
     """
     if packed is None:
         raise ValueError('attention "fastft" needs packed=PackedSequences(...) in the model call')
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad) and not packed.takes_gradient:
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if gradient and not packed.takes_gradient:
         raise RuntimeError("packed_attention: prefixes, branches, decode caches take no gradient; use torch.no_grad()")
     if dropout and choice not in ("auto", "sdpa"):
         raise ModelError(f"model.attention={choice} has no attention dropout, and the model's is {dropout}; use sdpa")
@@ -278,10 +333,14 @@ def packed_attention(
     layer = module.layer_idx
     if packed.capture is not None:
         packed.capture.put(layer, key.detach(), value.detach())
+    kernel = choice == "auto" and not gradient and not dropout and _has_kernel(query)
+    if kernel and packed.tree is None:
+        return _attend_ragged(query, key, value, packed, layer, scaling), None
     own, own_lse = _attend_own(query, key, value, packed, layer, scaling, dropout, backend)
     if packed.prefixes is None:
         return own, None
-    shared, shared_lse = _attend_prefix(query, packed, layer, scaling, backend)
+    attend = backend.full if backend else _attend_all if kernel else attention_with_lse
+    shared, shared_lse = _attend_prefix(query, packed, layer, scaling, attend)
     return merge(shared.transpose(1, 2), shared_lse.transpose(1, 2), own, own_lse), None
 
 

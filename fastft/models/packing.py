@@ -103,7 +103,7 @@ def _dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
 
 
 class DecodeCache:
-    """Own keys and values of B sequences during generation: per layer k, v [B, G, capacity, D]."""
+    """Own keys and values of B sequences during generation: per layer k, v [B, capacity, G, D]."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -111,8 +111,9 @@ class DecodeCache:
         self.lengths: torch.Tensor | None = None  # [B] tokens written so far
 
     def buffers(self, layer: int, batch: int, like: torch.Tensor) -> KeyValue:
+        """Those of a layer; like: new keys [T, G, D]."""
         if layer not in self.layers:
-            shape = (batch, like.shape[1], self.capacity, like.shape[3])
+            shape = (batch, self.capacity, *like.shape[1:])
             # Zeros, not empty: masked positions are multiplied by probability zero, and 0 * nan is nan.
             self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self.layers[layer]
@@ -202,15 +203,24 @@ class PackedSequences:
         self.position_ids = positions[None]
         if cache is not None:
             row, column = row.to(device), column.to(device)
-            self.cache_slots = (row, slice(None), cache.lengths[row] + column)
+            self.cache_slots = (row, cache.lengths[row] + column)
             last = cache.lengths[:, None] + torch.arange(self.longest, device=device)  # slot of each padded query
             self.seen = int(cache.lengths.max()) + self.longest
+            # Keys of each sequence in the cache, the new ones included.
+            self.seqused = (cache.lengths + torch.tensor(lengths, device=device)).int()
             # [B, 1, L, seen]: a query sees its own sequence's slots up to its own.
             self.visible = (torch.arange(self.seen, device=device) <= last[:, :, None])[:, None]
 
     @property
     def takes_gradient(self) -> bool:
         return self.prefixes is None and self.cache is None and self.tree is None
+
+    def extend_cache(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeyValue:
+        """Write this pack's keys and values [T, G, D] behind those of their sequences; returns [B, capacity, G, D]."""
+        k_cache, v_cache = self.cache.buffers(layer, len(self.lengths), k)
+        k_cache[self.cache_slots] = k
+        v_cache[self.cache_slots] = v
+        return k_cache, v_cache
 
     def advance(self) -> None:
         """After a forward with a cache: count the new tokens as written."""

@@ -5,19 +5,21 @@ RuntimeError that says how to build it.
 """
 
 from fastft.ops import _extension, frozen_weight, index_check
+from fastft.ops import attention as _attention
 from fastft.ops import bias_adamw as _bias_adamw
 from fastft.ops import linear_cross_entropy as _linear_cross_entropy
 from fastft.ops import linear_log_softmax_kl as _linear_log_softmax_kl
 from fastft.ops import linear_topk_kl as _linear_topk_kl
 from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops import lora_linear as _lora_linear
-from fastft.ops._extension import available, build_info
+from fastft.ops._extension import available, build_info, cpu_capability
 from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit
 from fastft.ops.index_check import raise_deferred_errors
 
 # Modules and functions share their names; the functions are what this package exports.
 _extension.import_extension(
     [
+        _attention,
         _log_softmax_kl,
         _linear_log_softmax_kl,
         _linear_topk_kl,
@@ -29,6 +31,7 @@ _extension.import_extension(
     ]
 )
 
+attention = _attention.attention
 bias_adamw = _bias_adamw.bias_adamw
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 linear_log_softmax_kl = _linear_log_softmax_kl.linear_log_softmax_kl
@@ -41,9 +44,11 @@ __all__ = [
     "FrozenWeight",
     "Weight4bit",
     "Weight8bit",
+    "attention",
     "available",
     "bias_adamw",
     "build_info",
+    "cpu_capability",
     "linear_cross_entropy",
     "linear_log_softmax_kl",
     "linear_topk_kl",

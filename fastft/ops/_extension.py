@@ -54,6 +54,11 @@ def available() -> bool:
     return _module is not None
 
 
+def cpu_capability() -> str | None:
+    """Which copy of the CPU kernels is used: scalar, avx2, avx512 or avx512_bf16; None without the extension."""
+    return None if _module is None else _module.cpu_capability()
+
+
 def build_info() -> dict:
     """What this build is and what it found here; never raises.
 
@@ -97,7 +102,7 @@ def build_info() -> dict:
         "reason": "",
         **info,
         "cuda_archs": info["cuda_archs"].split(),
-        "ops": {"cpu": public, "cuda": public if info["cuda"] else []},
+        "ops": {"cpu": ["attention", *public], "cuda": public if info["cuda"] else []},
         "devices": module.devices(),
         "launch_configurations": module.launch_configurations(),
     }

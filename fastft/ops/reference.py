@@ -135,3 +135,33 @@ def adamw_decode(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     code1, code2 = (state[name].to(state["exp_avg_scale"].dtype) for name in ("exp_avg", "exp_avg_sq"))
     root = (code2 / 254.99) ** 2 * expand(state["exp_avg_sq_scale"])
     return (code1 / 127) ** 4 * code1.sign() * expand(state["exp_avg_scale"]), root * root
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
+    seqused_k: Tensor | None = None, prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, scale: float,
+    is_causal: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_ends = cu_seqlens_q.tolist()
+    k_starts = q_ends if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    k_ends = k_starts[1:]
+    if seqused_k is not None:
+        k_ends = [start + used for start, used in zip(k_starts, seqused_k.tolist(), strict=False)]
+    before = 0 if prefix_k is None else len(prefix_k)
+    outs, lses = [q.new_empty(0, *q.shape[1:])], [q.new_empty(q.shape[1], 0, dtype=_compute_dtype(q))]
+    for i in range(len(q_ends) - 1):
+        own_q = q[q_ends[i] : q_ends[i + 1]].transpose(0, 1)
+        keys, values = (
+            torch.cat([p, x] if before else [x]).repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1)
+            for p, x in ((prefix_k, k[k_starts[i] : k_ends[i]]), (prefix_v, v[k_starts[i] : k_ends[i]]))
+        )
+        scores = (own_q @ keys.transpose(1, 2)).to(_compute_dtype(q)) * scale
+        if is_causal:
+            queries, seen = scores.shape[1:]
+            visible = torch.ones(queries, seen, dtype=torch.bool, device=q.device).tril(seen - queries)
+            visible[:, :before] = True
+            scores = scores.masked_fill(~visible, -torch.inf)
+        lses.append(scores.logsumexp(-1))
+        weights = (scores - lses[-1][..., None]).exp().nan_to_num(0) if scores.isneginf().any() else scores.softmax(-1)
+        outs.append((weights.to(v.dtype) @ values).transpose(0, 1))
+    return torch.cat(outs), torch.cat(lses, 1)

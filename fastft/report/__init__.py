@@ -1,4 +1,9 @@
-"""What a run leaves for people to read: tables and report.html."""
+"""What runs leave for people to read.
+
+html.py, plot.py, table.py        of one run: report.html, tables in the terminal
+rows.py, compare.py, stats.py     of several: their rows, grouped into settings, with intervals and paired differences
+figures.py, paper.py              `fastft report`: pictures, tables and one page
+"""
 
 from fastft.report.html import write_report, write_sets_report
 from fastft.report.table import before_after, sets_table

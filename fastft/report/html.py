@@ -18,6 +18,8 @@ table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.3rem .9rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left}
 svg{width:100%;height:auto}
+figure{margin:2rem 0;overflow-x:auto}
+figcaption{font-size:.9em}
 pre{background:#8881;padding:1rem;overflow-x:auto;border-radius:6px}
 """
 
@@ -28,14 +30,23 @@ METHODS = {
     "ft": "fine-tuning with a classification head",
     "distill": "context distillation",
 }
+OF_LABELS = (
+    "F1: mean over the labels. NLL: of the right label among the labels, in nats. ECE: expected calibration error. No "
+    "label: where the model's most likely token begins no label. Majority: the accuracy of always answering the set's "
+    "most frequent label."
+)
+OF_SUMMARIES = (
+    "ROUGE: F-measures of the words (1), pairs of words (2) and the longest common subsequence (L) that a greedy "
+    "summary shares with the reference. NLL: of the references, in nats per token. Tokens: of a greedy summary."
+)
 
 
 def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
     """Write <folder>/report.html and its first plot as nll.svg, from the summary and <folder>/metrics.jsonl."""
     metrics = _read_metrics(folder)
     parts = [
-        f"<h1>{_text(config.model.name_or_path)}: context distillation</h1>",
-        f"<p>{_text(config.peft.kind)}, setting {_text(summary['setting'])}, "
+        f"<h1>{text(config.model.name_or_path)}: context distillation</h1>",
+        f"<p>{text(config.peft.kind)}, setting {text(summary['setting'])}, "
         f"{summary['trained_parameters']:,} trained parameters, {summary['seconds']['total']:.0f} s.</p>",
         *_distillation(folder, summary, metrics),
         *_training_loss(metrics, "KL, nats per position"),
@@ -60,22 +71,20 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
 
 
 def write_sets_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
-    """Write <folder>/report.html of a classification: figures of each set and group, training, time, configuration."""
+    """Write <folder>/report.html of labels or summaries: figures of sets and groups, training, time, configuration."""
     metrics = _read_metrics(folder)
     trained = f"; {summary['trained_parameters']:,} trained parameters" if metrics else ""
     tokens = summary["inference_tokens_per_query"]
     parts = [
-        f"<h1>{_text(config.model.name_or_path)}: {METHODS[summary['method']]}</h1>",
-        f"<p>{_text(sets_title(summary))}; split {_text(summary['split'])}; {tokens:,.0f} tokens per query"
-        f"{trained}.</p>",
+        f"<h1>{text(config.model.name_or_path)}: {METHODS[summary['method']]}</h1>",
+        f"<p>{text(sets_title(summary))}; split {text(summary['split'])}; {tokens:,.0f} tokens per query{trained}.</p>",
         _table(*sets_rows(summary)),
-        "<p>95 %: bootstrap interval of the accuracy over the examples. F1: mean over the labels. NLL: of the right "
-        "label among the labels, in nats. ECE: expected calibration error. No label: where the model's most likely "
-        "token begins no label. Majority: the accuracy of always answering the set's most frequent label.</p>",
+        f"<p>95 %: bootstrap interval of the {'ROUGE-L' if 'rougeL' in summary else 'accuracy'} over the examples. "
+        f"{OF_SUMMARIES if 'rougeL' in summary else OF_LABELS}</p>",
     ]
     for name, figures in summary["sets"].items():
         if "groups" in figures:
-            parts += [f"<h2>{_text(name)}</h2>", _table(*group_rows(figures, summary["labels"]))]
+            parts += [f"<h2>{text(name)}</h2>", _table(*group_rows(figures, summary["labels"]))]
     if "recovery" in summary:
         parts += ["<h2>What the demonstrations teach</h2>", *_distillation(folder, summary, metrics)]
     if metrics:
@@ -121,28 +130,32 @@ def _time_and_configuration(config: Config, summary: dict[str, Any]) -> list[str
     return [
         "<h2>Time</h2>",
         _table(["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in summary["seconds"].items()]),
-        f"<h2>Configuration</h2><pre>{_text(config.dump())}</pre>",
+        f"<h2>Configuration</h2><pre>{text(config.dump())}</pre>",
     ]
 
 
 def _write_page(folder: Path, config: Config, parts: list[str]) -> Path:
-    body = "\n".join(parts)
     path = folder / "report.html"
-    path.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fastft: {_text(config.output_dir)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>{body}</body></html>\n',
-        encoding="utf-8",
-    )
+    path.write_text(page(config.output_dir, parts), encoding="utf-8")
     return path
 
 
-def _text(value: str) -> str:
+def page(title: str, parts: list[str]) -> str:
+    """A document that needs nothing from outside."""
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fastft: {text(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>{body}</body></html>\n'
+    )
+
+
+def text(value: str) -> str:
     return html.escape(str(value))
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{_text(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{text(h)}</th>" for h in heads)
+    body = "".join("<tr>" + "".join(f"<td>{text(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

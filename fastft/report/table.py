@@ -13,14 +13,16 @@ ROWS = (("no context", "no_context"), ("trained, no context", "student"), ("in c
 def before_after_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows as text; empty rows where no question was evaluated."""
     labels = "accuracy_student" in summary  # a classification: its NLL is that of the right label
-    metrics = ["accuracy"] if labels else ["F1", "exact match"]
+    metrics = {"accuracy": "accuracy"} if labels else {"F1": "f1", "exact match": "exact_match"}
+    if "rougeL_student" in summary:
+        metrics = {"ROUGE-L": "rougeL"}
     heads = ["model", "NLL of the label" if labels else "NLL per token", "recovery", *metrics]
     if summary["nll_no_context"] is None:
         return heads, []
     shown = {"no_context": 0.0, "student": summary["recovery"], "teacher": 1.0}
     rows = []
     for label, name in ROWS:
-        values = [percent(summary.get(f"{metric.lower().replace(' ', '_')}_{name}")) for metric in metrics]
+        values = [percent(summary.get(f"{metric}_{name}")) for metric in metrics.values()]
         rows.append([label, f"{summary[f'nll_{name}']:.3f}", number(shown[name]), *values])
     if "nll_truncated" in summary:
         shown = number(summary["recovery_truncated"])
@@ -57,21 +59,30 @@ SET_FIGURES = {
     "no label": "non_label_fraction",
     "majority": "majority",
 }
-PERCENTAGES = ("accuracy", "non_label_fraction", "majority")
-NARROW = ("accuracy", "MCC", "NLL", "no label", "majority")  # what a terminal of 80 columns has room for
+SUMMARY_FIGURES = {
+    "ROUGE-L": "rougeL",
+    "ROUGE-1": "rouge1",
+    "ROUGE-2": "rouge2",
+    "NLL": "nll",
+    "tokens": "summary_tokens",
+}
+PERCENTAGES = ("accuracy", "non_label_fraction", "majority", "rougeL", "rouge1", "rouge2")
+WIDE = ("F1", "ECE")  # what a terminal of 80 columns has no room for
 
 
-def sets_rows(summary: dict[str, Any], shown: Iterable[str] = SET_FIGURES) -> tuple[list[str], list[list[str]]]:
-    """Column heads and a row for each evaluated set, as text: the figures `shown`, and the accuracy's 95 % interval."""
+def sets_rows(summary: dict[str, Any], hidden: Iterable[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Column heads and a row for each evaluated set, as text: its figures, and the 95 % interval of the first."""
+    known = SUMMARY_FIGURES if "rougeL" in summary else SET_FIGURES
+    shown = {head: key for head, key in known.items() if head not in hidden}
     heads = ["set", "n", *shown, "95 %"]
+    keys = list(shown.values())
     rows = []
     for name, figures in summary["sets"].items():
-        keys = [SET_FIGURES[head] for head in shown]
         values = [percent(figures[key]) if key in PERCENTAGES else number(figures[key]) for key in keys]
-        low, high = figures["intervals"]["accuracy"]
+        low, high = figures["intervals"][keys[0]]
         rows.append([name, f"{figures['examples']:,}", *values, f"{100 * low:.0f}-{100 * high:.0f}"])
     for row in (heads, *rows):
-        row.insert(3, row.pop())  # the interval belongs behind the accuracy
+        row.insert(3, row.pop())  # the interval belongs behind its figure
     return heads, rows
 
 
@@ -95,11 +106,12 @@ def sets_title(summary: dict[str, Any]) -> str:
     seeds = f"seed {summary['seed']}" + (
         f", data seed {summary['data_seed']}" if summary["data_seed"] != summary["seed"] else ""
     )
-    return f"{summary['model']}, {method}, {shots}{balanced}, pattern {summary['pattern']}, {seeds}"
+    pattern = " ".join(summary["pattern"].split())
+    return f"{summary['model']}, {method}, {shots}{balanced}, pattern {pattern}, {seeds}"
 
 
 def sets_table(summary: dict[str, Any]) -> Table:
-    heads, rows = sets_rows(summary, NARROW)
+    heads, rows = sets_rows(summary, hidden=WIDE)
     table = Table(title=sets_title(summary), title_justify="left")
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)

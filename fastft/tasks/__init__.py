@@ -8,8 +8,10 @@ from dataclasses import replace
 from fastft.config import DataConfig
 from fastft.errors import DataError
 from fastft.tasks import commonsense_qa, documents, glue, narrativeqa
+from fastft.tasks import own as own_data
 from fastft.tasks.base import Document, Question, select
 from fastft.tasks.classification import ClassificationTask, Example, Pattern, sample_demonstrations
+from fastft.tasks.own import OwnTask
 
 DOCUMENT_TASKS: dict[str, Callable[[DataConfig], list[Document]]] = {
     "documents": documents.load,
@@ -23,6 +25,7 @@ __all__ = [
     "ClassificationTask",
     "Document",
     "Example",
+    "OwnTask",
     "Pattern",
     "Question",
     "load_documents",
@@ -38,8 +41,10 @@ def load_documents(config: DataConfig) -> list[Document]:
     return DOCUMENT_TASKS[config.task](config)
 
 
-def select_tasks(config: DataConfig) -> list[ClassificationTask]:
+def select_tasks(config: DataConfig) -> list[ClassificationTask] | list[OwnTask]:
     """The configured task, then its sets of another distribution; raises DataError for those that do not fit it."""
+    if config.is_own:
+        return own_data.select_tasks(config)
     task = CLASSIFICATION_TASKS[config.task]
     fitting = [t for t in CLASSIFICATION_TASKS.values() if t.patterns is task.patterns and t is not task]
     if not task.has_train:
@@ -63,6 +68,8 @@ def select_pattern(config: DataConfig) -> tuple[str, Pattern]:
 
     Raises DataError for a pattern that there is not, and for words that do not cover the labels.
     """
+    if config.is_own:
+        return own_data.select_pattern(config)
     patterns = CLASSIFICATION_TASKS[config.task].patterns
     name = config.pattern or next(iter(patterns))
     if name not in patterns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -66,7 +67,7 @@ def read_rows(
             f"data.task={task} is not on the hub: set data.root or FASTFT_DATA to a folder with "
             f"{task}/{split}.jsonl[.gz]"
         )
-    return _hub_rows(task, hub, hub_split or split)
+    return hub_rows(f"data.task={task}", hub, hub_split or split, instead="data.root or FASTFT_DATA to a local copy")
 
 
 def _local_rows(folder: Path, split: str) -> Iterable[Row]:
@@ -77,7 +78,8 @@ def _local_rows(folder: Path, split: str) -> Iterable[Row]:
     raise DataError(f"data.root={folder.parent}: {folder / split}.jsonl[.gz] not found ({there})")
 
 
-def _hub_rows(task: str, hub: str, split: str) -> Iterable[Row]:
+def hub_rows(key: str, hub: str, split: str, *, instead: str) -> Iterable[Row]:
+    """Rows of a dataset on the hub, "owner/name" or "owner/name:subset". key, instead: for the message of an error."""
     from datasets import load_dataset  # slow to import; only the hub needs it
 
     name, _, subset = hub.partition(":")
@@ -85,8 +87,8 @@ def _hub_rows(task: str, hub: str, split: str) -> Iterable[Row]:
         dataset = load_dataset(name, subset or None, split=split)
     except Exception as error:  # the library raises many kinds: network, missing split, missing dataset
         raise DataError(
-            f"data.task={task}: {hub} (split {split}) cannot be loaded: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}; set data.root or FASTFT_DATA to a local copy"
+            f"{key}: {hub} (split {split}) cannot be loaded: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}; set {instead}"
         ) from error
     return ((f"{hub}/{split}:{i}", row) for i, row in enumerate(dataset))
 
@@ -109,6 +111,28 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 if not isinstance(value, dict):
                     raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}")
                 yield place, value
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
+    """(place, columns) of each row of a .csv or .csv.gz file whose first row names the columns.
+
+    place is "file:line", the last line of a row that has several.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+            for row in rows:
+                place = f"{path}:{rows.line_num}"
+                if None in row or None in row.values():
+                    raise DataError(f"{place}: the row has more or fewer cells than the {len(rows.fieldnames)} columns")
+                yield place, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error.reason}") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: not CSV after line {rows.line_num}: {error}") from None
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 

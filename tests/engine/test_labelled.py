@@ -382,7 +382,7 @@ def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
         ("ft", {"pbft": {"loss_over": "labels"}}, "method=ft with data.task=rte does not use pbft"),
         ("ft", {"icl": {"score": "sum"}}, "does not use icl.score"),
         ("pbft", {"distill": {"examples": 3}}, "method=pbft with data.task=rte does not use distill"),
-        ("pbft", {"data": {"task": "narrativeqa"}}, "method=pbft needs a classification task"),
+        ("pbft", {"data": {"task": "narrativeqa"}}, "method=pbft needs a classification or summarization task"),
         (
             "pbft",
             {"data": {"verbalizer": ["Yes"]}},
@@ -401,7 +401,7 @@ def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
         (
             "pbft",
             {"data": {"split": "long"}},
-            r"the longest example of rte takes \d+ tokens with its label, but the model has 512",
+            r"the longest example of rte takes \d+ tokens with its answer, but the model has 512",
         ),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -62,19 +61,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(base_config, launch, tmp_
         [sys.executable, str(ROOT / "fastft" / "train.py"), "--cfg", str(path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**clean_environment(), "LOCAL_SIZE": "1"},  # as the launcher says it: DeepSpeed then uses shared memory
+        env=clean_environment(),
     )
     folder = Path(raw["output_dir"])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list((folder / "checkpoints").glob("step_*")):
         time.sleep(0.005)
-    mapped = Path(f"/proc/{process.pid}/maps").read_text()
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     assert not (folder / "summary.json").exists()
-    # DeepSpeed's buffer in shared memory has gone with the process.
-    names = set(re.findall(r"/dev/shm/(deepspeed_allreduce_buffer\S+)", mapped))
-    assert names and not any(Path("/dev/shm", name).exists() for name in names)
     resumed = launch(raw, "resume=auto")
     ok(resumed)
     assert "resume     from step" in resumed.stdout

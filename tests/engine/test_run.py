@@ -262,11 +262,13 @@ def test_interrupted_run_resumes_with_the_same_numbers(base_config, launch, tmp_
 
 
 def test_the_deepspeed_launcher_runs_two_processes(base_config, launch):
+    buffers = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     raw = base_config(deepspeed={"zero_stage": 2})
     result = launch(raw, processes=2)
     ok(result)
     assert "2 processes" in result.stdout
     assert result.stdout.count("report     ") == 1  # one rank speaks
+    assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= buffers  # DeepSpeed's go with the processes
 
 
 def test_non_finite_loss_names_the_step_and_keeps_a_checkpoint(base_config, launch):

@@ -91,13 +91,13 @@ def test_the_parts_are_the_tokens_of_the_whole_prompt(tokenizer, num_shots):
 
 
 def test_a_prompt_that_is_too_long_says_how_many_shots_fit():
-    queries = icl.Queries([[1] * 10], [[[2], [3, 4]]])
-    icl.check_room((0,) * 88, queries, 100, iter(()))
-    icl.check_room((0,) * 1000, queries, None, iter(()))
+    needed = icl.Queries([[1] * 10], [[[2], [3, 4]]]).longest
+    icl.check_room((0,) * 88, needed, 100, iter(()))
+    icl.check_room((0,) * 1000, needed, None, iter(()))
     with pytest.raises(DataError, match="12 with its answer, but the model has 100 positions; 4 demonstrations fit"):
-        icl.check_room((0,) * 89, queries, 100, iter([(6, 90), (4, 60), (2, 30)]))
+        icl.check_room((0,) * 89, needed, 100, iter([(6, 90), (4, 60), (2, 30)]))
     with pytest.raises(DataError, match="no demonstration fits"):
-        icl.check_room((0,) * 89, queries, 20, iter([(2, 30), (0, 1)]))
+        icl.check_room((0,) * 89, needed, 20, iter([(2, 30), (0, 1)]))
 
 
 def test_calibration_makes_content_free_inputs_undecided(pair):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastft.models import flash
+from fastft.models import attention, flash
 
 
 def block_mask(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -201,6 +201,7 @@ def flash_on_cpu(monkeypatch, install):
                 return backend if device.type == "cpu" else select(choice, device, *case)
 
             monkeypatch.setattr(flash, "select", chosen)
+            monkeypatch.setattr(attention, "_has_kernel", lambda q: False)
             return backend
 
         yield use

@@ -35,9 +35,12 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True, params=["materialised", "flash", *(b.name for b in flash.BACKENDS)])
+@pytest.fixture(autouse=True, params=["kernel", "materialised", "flash", *(b.name for b in flash.BACKENDS)])
 def path(request, monkeypatch, flash_on_cpu):
-    """Both of the CPU's ways: few scores are materialised, many go through torch's flash kernel; and the GPU's."""
+    """The CPU's ways: the project's kernel, and torch's, few scores materialised, many flash; and the GPU's."""
+    if request.param == "kernel":
+        return
+    monkeypatch.setattr(attention, "_has_kernel", lambda q: False)
     if request.param == "flash":
         monkeypatch.setattr(attention, "MATERIALISED_SCORES", 0)
     elif request.param != "materialised":

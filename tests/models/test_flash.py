@@ -231,7 +231,7 @@ def test_the_choice_reaches_the_model(tiny):
     for choice in ("auto", "sdpa"):
         model = loading.load_model(str(tiny("llama")), dtype="float32", attention=choice)
         found.append(model(ids, position_ids=packed.position_ids, packed=packed).logits)
-    assert torch.equal(*found)
+    torch.testing.assert_close(*found)  # the project's kernel and torch's
 
 
 def test_attention_dropout_is_not_dropped(flash_on_cpu):

@@ -15,15 +15,10 @@
 #include <cstdint>
 
 #include "fastft/cuda_stream.h"
+#include "fastft/small_matrix.h"
 #include "fastft/types.h"
 
 namespace fastft {
-
-// A small matrix, element (i, j) at data[i * stride_0 + j * stride_1].
-struct SmallMatrix {
-    void* data;
-    int64_t stride_0, stride_1;
-};
 
 struct LoraDownArgs {
     const void* x;   // [M, K], row stride x_stride, last dimension contiguous
