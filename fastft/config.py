@@ -381,6 +381,9 @@ class PeftConfig(Section):
     adapter_biases: bool = Field(
         False, description="lora: a bias behind lora_A and one behind lora_B, as in uds-lsv/llmft"
     )
+    trained_scale: bool = Field(
+        False, description="lora: a factor of each layer's scaling, trained from 1 on, as in uds-lsv/llmft"
+    )
     lora_plus_ratio: PositiveFloat = Field(
         1.0, description="lora: learning rate of lora_B over that of lora_A (LoRA+, arXiv 2402.12354); 1: the same"
     )
@@ -395,6 +398,7 @@ class PeftConfig(Section):
             "alpha_pattern": ("lora",),
             "activation": ("lora",),
             "adapter_biases": ("lora",),
+            "trained_scale": ("lora",),
             "train_embeddings": ("lora", "bitfit"),
         }
         for key, kinds in needed.items():
@@ -405,7 +409,8 @@ class PeftConfig(Section):
     @property
     def is_plain(self) -> bool:
         """Whether PEFT's format, or BitFit's, can hold what is trained."""
-        return self.activation == "none" and not self.adapter_biases and not self.train_embeddings
+        extras = (self.adapter_biases, self.trained_scale, self.train_embeddings)
+        return self.activation == "none" and not any(extras)
 
 
 class TrainConfig(Section):

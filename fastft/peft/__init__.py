@@ -32,6 +32,7 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter
             alpha_pattern=config.alpha_pattern,
             activation=config.activation,
             biases=config.adapter_biases,
+            trained_scale=config.trained_scale,
         )
     elif config.kind == "bitfit":
         trained = bitfit.inject(model, add_biases=config.add_biases)

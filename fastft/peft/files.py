@@ -5,7 +5,8 @@ bitfit  biases.safetensors: every trained bias under its name in the base model,
 full    the whole model, as `save_pretrained` writes it
 head    head.safetensors, the classification head alone
 else    trained.safetensors: every trained parameter under its name in the model, and trained_config.json; for what
-        those formats have no place for (peft.activation, adapter_biases, train_embeddings): `fastft.peft.load_trained`
+        those formats have no place for (peft.activation, adapter_biases, trained_scale, train_embeddings); to be read
+        by `fastft.peft.load_trained`
 
 A classification head (method=ft) is saved under transformers' name for it, `score.weight`: in PEFT's format as one of
 the `modules_to_save`, so that `AutoModelForSequenceClassification` and PEFT load it; in the other files beside the

@@ -50,16 +50,20 @@ class LoraLinear(nn.Module):
 
 
 class BottleneckLinear(LoraLinear):
-    """A linear layer plus scaling * (lora_B f(lora_A x + lora_A_bias) + lora_B_bias), f the identity or ReLU.
+    """A linear layer plus lora_scale * scaling * (lora_B f(lora_A x + lora_A_bias) + lora_B_bias), f ReLU or nothing.
 
     With ReLU it is an adapter beside the layer ("parallel", He et al. 2022, arXiv 2110.04366), and what uds-lsv/llmft
-    calls LoRA. Unlike LoRA it cannot be merged into the weight. Both biases start at zero.
+    calls LoRA. Unlike LoRA it cannot be merged into the weight. Both biases start at zero, lora_scale
+    [1] at one.
     """
 
-    def __init__(self, base: nn.Linear, r: int, lora_alpha: float, *, activation: str, biases: bool):
+    def __init__(
+        self, base: nn.Linear, r: int, lora_alpha: float, *, activation: str, biases: bool, trained_scale: bool
+    ):
         super().__init__(base, r, lora_alpha)
         self.activation = F.relu if activation == "relu" else nn.Identity()
         self.lora_A_bias = nn.Parameter(torch.zeros(r, dtype=base.weight.dtype)) if biases else None
+        self.lora_scale = nn.Parameter(torch.ones(1, dtype=base.weight.dtype)) if trained_scale else None
         self.lora_B_bias = nn.Parameter(torch.zeros(base.out_features, dtype=base.weight.dtype)) if biases else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +71,8 @@ class BottleneckLinear(LoraLinear):
         if adapter_is_off():
             return out
         bottleneck = self.activation(F.linear(x, self.lora_A, self.lora_A_bias))
-        return out + self.scaling * F.linear(bottleneck, self.lora_B, self.lora_B_bias)
+        scaling = self.scaling if self.lora_scale is None else self.scaling * self.lora_scale
+        return out + scaling * F.linear(bottleneck, self.lora_B, self.lora_B_bias)
 
 
 class SharedInput:
@@ -147,10 +152,11 @@ def inject(
     alpha_pattern: dict[str, float] | None = None,
     activation: str = "none",
     biases: bool = False,
+    trained_scale: bool = False,
 ) -> dict[str, nn.Parameter]:
     """Replace the targeted linear layers by `LoraLinear`; returns the new parameters by name.
 
-    alpha_pattern: name -> lora_alpha of the layers that it fits. activation, biases: see `BottleneckLinear`.
+    alpha_pattern: name -> lora_alpha of the layers that it fits. The other three: see `BottleneckLinear`.
     Raises ModelError for a name that fits no layer.
     """
     trained = {}
@@ -160,10 +166,12 @@ def inject(
             raise ModelError(f"peft.alpha_pattern: no layer of peft.target_modules is named {target!r}")
     for name, linear in linears.items():
         alpha = next((own for target, own in alphas.items() if _fits(name, target)), lora_alpha)
-        if activation == "none" and not biases:
+        if activation == "none" and not biases and not trained_scale:
             adapted = LoraLinear(linear, r, alpha)
         else:
-            adapted = BottleneckLinear(linear, r, alpha, activation=activation, biases=biases)
+            adapted = BottleneckLinear(
+                linear, r, alpha, activation=activation, biases=biases, trained_scale=trained_scale
+            )
         model.set_submodule(name, adapted)
         own = adapted.named_parameters(prefix=name)
         trained |= {path: parameter for path, parameter in own if ".lora_" in path}

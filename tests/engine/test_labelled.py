@@ -140,6 +140,7 @@ def test_it_learns(labelled_config, launch, method, sections):
 LLMFT = {
     "activation": "relu",
     "adapter_biases": True,
+    "trained_scale": True,
     "alpha_pattern": {"q_proj": 8.0},
     "target_modules": ["q_proj", "v_proj"],
     "train_embeddings": True,
@@ -302,14 +303,14 @@ class QueryAndValueAdapter(nn.Module):
 
     def __init__(self, linear: nn.Linear, r: int, scale: float):
         super().__init__()
-        self.linear, self.scale = linear, scale
+        self.linear, self.scale, self.factor = linear, scale, nn.Parameter(torch.ones(1))
         self.down, self.up = nn.Linear(linear.in_features, r), nn.Linear(r, linear.out_features)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x):
-        return self.linear(x) + self.scale * self.up(torch.relu(self.down(x)))
+        return self.linear(x) + self.factor * self.scale * self.up(torch.relu(self.down(x)))
 
 
 def test_llmft_is_a_plain_loop_over_adapters_and_embeddings(labelled_config, launch, tiny, tokenizer):
@@ -327,7 +328,7 @@ def test_llmft_is_a_plain_loop_over_adapters_and_embeddings(labelled_config, lau
             nn.init.kaiming_uniform_(adapters[-1].down.weight, a=5**0.5, generator=initial)
             model.set_submodule(name, adapters[-1])
     embeddings = [model.model.decoder.embed_tokens.weight, model.model.decoder.embed_positions.weight]
-    trained = [p for adapter in adapters for part in (adapter.down, adapter.up) for p in part.parameters()] + embeddings
+    trained = [p for a in adapters for p in (*a.down.parameters(), *a.up.parameters(), a.factor)] + embeddings
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)

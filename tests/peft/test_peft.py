@@ -95,7 +95,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.linear = linear
         self.down, self.up = nn.Linear(linear.in_features, r), nn.Linear(r, linear.out_features)
-        self.scale = scale
+        self.scale = nn.Parameter(torch.tensor([scale]))
 
     def forward(self, x):
         return self.linear(x) + self.scale * self.up(self.down(x).relu())
@@ -104,14 +104,16 @@ class Bottleneck(nn.Module):
 def test_relu_and_biases_between_lora_a_and_lora_b():
     torch.manual_seed(0)
     linear = nn.Linear(6, 5).double().requires_grad_(False)
-    ours = lora.BottleneckLinear(linear, 3, 6.0, activation="relu", biases=True)
+    ours = lora.BottleneckLinear(linear, 3, 3.0, activation="relu", biases=True, trained_scale=True)
     plain = Bottleneck(linear, 3, 2.0).double()
+    assert ours.lora_scale.item() == 1.0
     assert not ours.lora_B.any() and not ours.lora_A_bias.any() and not ours.lora_B_bias.any()
     pairs = {
         ours.lora_A: plain.down.weight,
         ours.lora_A_bias: plain.down.bias,
         ours.lora_B: plain.up.weight,
         ours.lora_B_bias: plain.up.bias,
+        ours.lora_scale: plain.scale,
     }
     with torch.no_grad():
         for own, other in pairs.items():
@@ -129,7 +131,7 @@ def test_biases_alone_and_relu_alone():
     linear = nn.Linear(6, 5).double()
     x = torch.randn(4, 6, dtype=torch.float64)
     for activation, biases in (("none", True), ("relu", False)):
-        ours = lora.BottleneckLinear(linear, 3, 3.0, activation=activation, biases=biases)
+        ours = lora.BottleneckLinear(linear, 3, 3.0, activation=activation, biases=biases, trained_scale=False)
         nn.init.normal_(ours.lora_B)
         hidden = x @ ours.lora_A.t()
         expected = linear(x) + (hidden.relu() if activation == "relu" else hidden) @ ours.lora_B.t()
@@ -181,7 +183,7 @@ def test_embeddings_are_trained_too(tiny, family, kind):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"activation": "relu", "adapter_biases": True, "target_modules": ["q_proj", "v_proj"]},
+        {"activation": "relu", "adapter_biases": True, "trained_scale": True, "target_modules": ["q_proj", "v_proj"]},
         {"train_embeddings": True},
         {"kind": "bitfit", "train_embeddings": True},
     ],
