@@ -105,6 +105,7 @@ class TeacherStore:
     shards: dict[str, torch.Tensor] = field(default_factory=dict)  # bytes of each, uint8
     where: dict[int, tuple[Block, int]] = field(default_factory=dict)  # sequence -> (block, its first row there)
     damaged: int = 0  # blocks whose checksum does not hold
+    head: torch.Tensor | None = None  # [V, H] that reads hidden targets; None: the model's, where it stays as it is
 
     @classmethod
     def open(cls, folder: Path, layout: Layout, ranks: Ranks | None = None) -> TeacherStore:

@@ -90,6 +90,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.method == "distill" and config.distill.teacher == "stored":
         with clock.measure("teach"):
             store = teach(config, base, prepared, ranks, out)
+        if config.peft.kind == "full" and config.distill.targets == "hidden":
+            store.head = base.lm.head.weight.detach().clone()  # the model's own is about to be trained
 
     with clock.measure("evaluate_base"):
         before = source.evaluate_base(base, prepared, ranks, out)

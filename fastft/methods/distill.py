@@ -225,13 +225,18 @@ def target_rows(
 
 
 def hidden_divergence(
-    student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor, config: DistillConfig
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    weight: torch.Tensor,
+    config: DistillConfig,
+    teacher_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Divergence summed over rows of final hidden states [T, H] under the head weight [V, H]."""
+    """Divergence summed over rows of final hidden states [T, H] under the head weight [V, H], the teacher's its own."""
     return linear_log_softmax_kl(
         student,
         teacher,
         weight,
+        teacher_weight=teacher_weight,
         temperature=config.temperature,
         direction=config.direction,
         beta=config.beta,
@@ -257,7 +262,7 @@ def loss_fn(
     def divergence(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         hidden = hidden if len(at) == len(hidden) else hidden[at]
         if config.targets == "hidden":
-            return hidden_divergence(hidden, targets["hidden"], weight, config)
+            return hidden_divergence(hidden, targets["hidden"], weight, config, store.head)
         return linear_topk_kl(
             hidden,
             weight,

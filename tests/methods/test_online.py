@@ -46,6 +46,8 @@ def adapted(folder: str, kind: str) -> tuple[PackedCausalLM, dict[str, nn.Parame
 class Targets:
     """What the base says behind each sequence's context, in place of a store."""
 
+    head = None
+
     @torch.no_grad()
     def __init__(self, folder: str, config: DistillConfig):
         lm, self.hidden = model_of(folder), []
