@@ -97,7 +97,7 @@ def _attention(gpu: bool) -> dict[str, str]:
     """What `model.attention` can be here and what auto is, for a usual model: bfloat16, heads of 64."""
     kernel = ops.cpu_capability() not in (None, "scalar")
     padded = "sequences padded; torch's flash kernel, plain products for short packs"
-    found = {"cpu": f"without gradient fastft's kernel, ragged; with gradient {padded}" if kernel else padded}
+    found = {"cpu": "fastft's kernel over ragged sequences; attention dropout: padded" if kernel else padded}
     if not gpu:
         return found | {"gpu": "none is visible"}
     case = (torch.device("cuda", 0), torch.bfloat16, 64)

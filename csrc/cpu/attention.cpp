@@ -2,7 +2,7 @@
 // between them in the first-level cache.
 #include "fastft/attention.h"
 
-#include "dot.h"
+#include "attention_block.h"
 
 namespace fastft {
 inline namespace FASTFT_TARGET {
@@ -13,11 +13,6 @@ struct KeyBlock {
     int64_t first, count;
 };
 
-template <class T>
-int64_t columns_of(const AttentionArgs& args) {
-    return round_up(args.head_size, lanes<T>());
-}
-
 // A block's packed keys [head_size / depth, kAttentionKeys] and, behind them, values
 // [kAttentionKeys / depth, columns].
 template <class T>
@@ -27,27 +22,17 @@ Word<T>* packed_keys(const AttentionArgs& args, int64_t head, int64_t block) {
 }
 template <class T>
 Word<T>* packed_values(const AttentionArgs& args, int64_t head, int64_t block) {
-    const int64_t words = (args.head_size + depth<T>() - 1) / depth<T>();
-    return packed_keys<T>(args, head, block) + words * kAttentionKeys;
-}
-
-template <class T>
-const T* row_of(const Heads& x, int64_t token, int64_t head) {
-    return static_cast<const T*>(x.data) + token * x.token_stride + head * x.head_stride;
+    return packed_keys<T>(args, head, block) + words_of<T>(args.head_size) * kAttentionKeys;
 }
 
 template <class T>
 void pack_block(const AttentionArgs& args, const Heads& k, const Heads& v, int64_t token, int64_t count,
                 int64_t head, int64_t block) {
-    const int64_t D = args.head_size, columns = columns_of<T>(args), kv_head = args.first_kv_head + head;
-    const int64_t keys = round_up(count, lanes<T>());
-    const auto matrix = [&](const Heads& x, int64_t stride_0, int64_t stride_1) {
-        return SmallMatrix{const_cast<T*>(row_of<T>(x, token, kv_head)), stride_0, stride_1};
-    };
-    pack<T>(matrix(k, k.token_stride, 1), count, D, 0, keys, 0, (D + depth<T>() - 1) / depth<T>(),
-            packed_keys<T>(args, head, block), kAttentionKeys);
-    pack<T>(matrix(v, 1, v.token_stride), D, count, 0, columns, 0, (count + depth<T>() - 1) / depth<T>(),
-            packed_values<T>(args, head, block), columns);
+    const int64_t kv_head = args.first_kv_head + head;
+    pack_rows<T>(row_of<T>(k, token, kv_head), k.token_stride, count, args.head_size,
+                 packed_keys<T>(args, head, block));
+    pack_columns<T>(row_of<T>(v, token, kv_head), v.token_stride, count, args.head_size,
+                    packed_values<T>(args, head, block));
 }
 
 template <class T>
@@ -60,23 +45,12 @@ void pack_blocks(const AttentionArgs& args, int64_t begin, int64_t end) {
             pack_block<T>(args, args.prefix_k, args.prefix_v, token,
                           smaller(kAttentionKeys, args.prefix_tokens - token), head, block);
         } else {
-            int64_t s = 0;
-            while (args.first_block[s + 1] <= block) ++s;
+            const int64_t s = sequence_of(args.first_block, args.sequences, block);
             const int64_t key = (block - args.first_block[s]) * kAttentionKeys;
             pack_block<T>(args, args.k, args.v, args.cu_seqlens_k[s] + key,
                           smaller(kAttentionKeys, attention_keys_of(args, s) - key), head, block);
         }
     }
-}
-
-// f(j, vectors) over vectors [0, n), `vectors` a compile-time constant.
-template <class T, class F>
-inline void for_vectors(int64_t n, F&& f) {
-    constexpr int kMost = most_vectors<T>();
-    int64_t j = 0;
-    for (; j + kMost <= n; j += kMost) f(j, std::integral_constant<int, kMost>());
-    for (; kMost > 2 && j + 2 <= n; j += 2) f(j, std::integral_constant<int, 2>());
-    for (; j < n; ++j) f(j, std::integral_constant<int, 1>());
 }
 
 // Queries that go by the keys together: rows are (token, head) pairs, the heads of a token side by side.
@@ -98,8 +72,7 @@ void attend_block(const AttentionArgs& args, Queries<T>& x, int64_t m, const Key
     using V = Value<T>;
     using S = ScalarOf<V>;
     constexpr int64_t L = lanes<T>();
-    constexpr int kChains = kRowsHere == 1 ? 2 : 1;
-    const int64_t D = args.head_size, columns = columns_of<T>(args);
+    const int64_t D = args.head_size, columns = columns_of<T>(D);
     const int64_t count =
         smaller(keys.count, x.visible[m + kRowsHere - 1] - keys.first);  // rows see ever more
     if (count <= 0) return;
@@ -107,16 +80,7 @@ void attend_block(const AttentionArgs& args, Queries<T>& x, int64_t m, const Key
     const V zero = ValueTraits<V>::splat(0), c = ValueTraits<V>::splat(S(args.scale * kLog2E));
 
     alignas(64) S scores[kRowsHere][kAttentionKeys];
-    for_vectors<T>(vectors, [&](int64_t j, auto n) {
-        V sums[kRowsHere][n];
-        for (int i = 0; i < kRowsHere; ++i) {
-            for (int u = 0; u < n; ++u) sums[i][u] = zero;
-        }
-        multiply<T, kRowsHere, n, kChains, false>(x.q + m * D, D, D, k + j * L, kAttentionKeys, sums);
-        for (int i = 0; i < kRowsHere; ++i) {
-            for (int u = 0; u < n; ++u) store_value(scores[i] + (j + u) * L, sums[i][u]);
-        }
-    });
+    scores_of<T>(x.q + m * D, D, D, k, vectors, scores);
 
     alignas(64) T p[kRowsHere][kAttentionKeys];
     V rescale[kRowsHere];
@@ -140,34 +104,14 @@ void attend_block(const AttentionArgs& args, Queries<T>& x, int64_t m, const Key
         rescale[i] = ValueTraits<V>::splat(factor);
     }
 
-    for_vectors<T>(columns / L, [&](int64_t j, auto n) {
-        S* out = x.out + m * columns + j * L;
-        V sums[kRowsHere][n];
-        for (int i = 0; i < kRowsHere; ++i) {
-            for (int u = 0; u < n; ++u) sums[i][u] = load_value<V>(out + i * columns + u * L) * rescale[i];
-        }
-        multiply<T, kRowsHere, n, kChains, false>(p[0], kAttentionKeys, count, v + j * L, columns, sums);
-        for (int i = 0; i < kRowsHere; ++i) {
-            for (int u = 0; u < n; ++u) store_value(out + i * columns + u * L, sums[i][u]);
-        }
-    });
-}
-
-// The sequence that holds `token`.
-inline int64_t sequence_of(const AttentionArgs& args, int64_t token) {
-    int64_t low = 0, high = args.sequences;  // the last one that begins at or before the token
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (args.cu_seqlens_q[middle] <= token ? low : high) = middle;
-    }
-    return low;
+    accumulate<T>(p, count, v, columns, x.out + m * columns, [&](int i, V sum) { return sum * rescale[i]; });
 }
 
 // One unit of queries against the prefix, then each part of it against its own sequence.
 template <class T>
 void attend(const AttentionArgs& args, Queries<T>& x, int64_t head, int64_t unit) {
     using S = ScalarOf<Value<T>>;
-    const int64_t D = args.head_size, columns = columns_of<T>(args), group = args.heads / args.kv_heads;
+    const int64_t D = args.head_size, columns = columns_of<T>(D), group = args.heads / args.kv_heads;
     const int64_t first = unit * kAttentionQueries,
                   rows = smaller(kAttentionQueries, args.tokens * group - first);
     const auto token_of = [&](int64_t row) { return (first + row) / group; };
@@ -193,7 +137,8 @@ void attend(const AttentionArgs& args, Queries<T>& x, int64_t head, int64_t unit
     for (int64_t i = 0; i < rows; ++i) x.visible[i] = args.prefix_tokens;
     go_by(0, rows, args.prefix_tokens, 0);
     for (int64_t begin = 0, end; begin < rows; begin = end) {
-        const int64_t s = sequence_of(args, token_of(begin)), last_token = args.cu_seqlens_q[s + 1];
+        const int64_t s = sequence_of(args.cu_seqlens_q, args.sequences, token_of(begin)),
+                      last_token = args.cu_seqlens_q[s + 1];
         const int64_t keys = attention_keys_of(args, s);
         end = smaller(rows, last_token * group - first);
         for (int64_t i = begin; i < end; ++i) {
@@ -212,15 +157,12 @@ void attend(const AttentionArgs& args, Queries<T>& x, int64_t head, int64_t unit
     }
 }
 
-// Units from both ends in turn: later ones of a causal sequence see more keys, and a thread's stretch of
-// units then holds both kinds.
 template <class T>
 void attend_units(const AttentionArgs& args, int64_t begin, int64_t end) {
     Queries<T> x;
     const int64_t units = attention_units(args);
     for (int64_t i = begin; i < end; ++i) {
-        const int64_t place = i % units;
-        attend(args, x, i / units, place % 2 ? units - 1 - place / 2 : place / 2);
+        attend(args, x, i / units, zigzag(i % units, units));
     }
 }
 

@@ -20,6 +20,11 @@ namespace fastft {
     namespace target {                                                                    \
     void attention_pack(const AttentionArgs&, int64_t, int64_t);                          \
     void attention(const AttentionArgs&, int64_t, int64_t);                               \
+    void attention_backward_gather(const AttentionBackwardArgs&, int64_t, int64_t);       \
+    void attention_backward_pack_keys(const AttentionBackwardArgs&, int64_t, int64_t);    \
+    void attention_backward_pack_queries(const AttentionBackwardArgs&, int64_t, int64_t); \
+    void attention_backward_queries(const AttentionBackwardArgs&, int64_t, int64_t);      \
+    void attention_backward_keys(const AttentionBackwardArgs&, int64_t, int64_t);         \
     void log_softmax_kl_rows(const LogSoftmaxKlArgs&, int64_t, int64_t);                  \
     void log_softmax_kl_backward_rows(const LogSoftmaxKlBackwardArgs&, int64_t, int64_t); \
     void topk_kl_rows(const TopkKlArgs&, int64_t, int64_t);                               \
@@ -125,6 +130,21 @@ void attention_pack_cpu(const AttentionArgs& args, int64_t begin, int64_t end) {
 }
 void attention_cpu(const AttentionArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(attention, args, begin, end);
+}
+void attention_backward_gather_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(attention_backward_gather, args, begin, end);
+}
+void attention_backward_pack_keys_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(attention_backward_pack_keys, args, begin, end);
+}
+void attention_backward_pack_queries_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(attention_backward_pack_queries, args, begin, end);
+}
+void attention_backward_queries_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(attention_backward_queries, args, begin, end);
+}
+void attention_backward_keys_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(attention_backward_keys, args, begin, end);
 }
 void log_softmax_kl_cpu(const LogSoftmaxKlArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(log_softmax_kl_rows, args, begin, end);

@@ -114,4 +114,95 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                      double scale, bool is_causal) {
+    check(q.dim() == 3 && k.dim() == 3 && cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0,
+          "attention_backward: q and k must be [tokens, heads, head_size], cu_seqlens_q [sequences + 1]");
+    AttentionBackwardArgs args{};
+    args.dtype = dtype_of(q);
+    args.tokens = q.size(0);
+    args.heads = q.size(1);
+    args.head_size = q.size(2);
+    args.keys = k.size(0);
+    args.kv_heads = k.size(1);
+    args.sequences = cu_seqlens_q.size(0) - 1;
+    check(args.kv_heads > 0 && args.heads % args.kv_heads == 0 && args.head_size <= kAttentionHeadSize,
+          "attention_backward: heads of k must divide those of q, head_size must be at most 256");
+    check_heads(grad, q, args.heads, "attention_backward: grad must be [tokens, heads, head_size] like q");
+    check_heads(q, q, args.heads, "attention_backward: q must have contiguous heads");
+    check_heads(k, q, args.kv_heads, "attention_backward: k must be [keys, kv_heads, head_size] like q");
+    check_heads(v, q, args.kv_heads, "attention_backward: v must be [keys, kv_heads, head_size] like k");
+    check_heads(out, q, args.heads, "attention_backward: out must be [tokens, heads, head_size] like q");
+    check(grad.size(0) == args.tokens && out.size(0) == args.tokens && v.size(0) == args.keys,
+          "attention_backward: grad and out must have q's tokens, v those of k");
+    check(lse.dim() == 2 && lse.size(0) == args.heads && lse.size(1) == args.tokens && lse.is_contiguous() &&
+              lse.scalar_type() == accumulate_type(args.dtype),
+          "attention_backward: lse must be [heads, tokens] in the accumulation dtype");
+    check_offsets(cu_seqlens_q, args.sequences, args.tokens, "attention_backward: cu_seqlens_q must fit q");
+    check_offsets(cu_seqlens_k, args.sequences, args.keys, "attention_backward: cu_seqlens_k must fit k");
+    args.grad = heads_of(grad);
+    args.q = heads_of(q);
+    args.k = heads_of(k);
+    args.v = heads_of(v);
+    args.out = heads_of(out);
+    args.lse = lse.data_ptr();
+    args.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data_ptr());
+    args.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.data_ptr());
+    args.scale = scale;
+    args.causal = is_causal;
+    Tensor dq = torch::stable::new_empty(q, {args.tokens, args.heads, args.head_size});
+    Tensor dk = torch::stable::new_empty(q, {args.keys, args.kv_heads, args.head_size});
+    Tensor dv = torch::stable::new_empty(q, {args.keys, args.kv_heads, args.head_size});
+    args.dq = dq.data_ptr();
+    args.dk = dk.data_ptr();
+    args.dv = dv.data_ptr();
+
+    const auto blocks_of = [&](const int32_t* cu_seqlens, int64_t rows_of_a_token) {
+        std::vector<int64_t> first{0};
+        for (int64_t s = 0; s < args.sequences; ++s) {
+            const int64_t rows = (cu_seqlens[s + 1] - cu_seqlens[s]) * rows_of_a_token;
+            first.push_back(first.back() + (rows + kAttentionKeys - 1) / kAttentionKeys);
+        }
+        return first;
+    };
+    const auto key_blocks = blocks_of(args.cu_seqlens_k, 1);
+    const auto query_blocks = blocks_of(args.cu_seqlens_q, args.heads / args.kv_heads);
+    args.first_key_block = key_blocks.data();
+    args.first_query_block = query_blocks.data();
+    const int64_t block_bytes = attention_packed_bytes(args.dtype, args.head_size);
+    const int64_t key_bytes = key_blocks.back() * kAttentionKeyForms * block_bytes;
+    const int64_t query_bytes = query_blocks.back() * kAttentionQueryForms * block_bytes;
+    const int64_t heads_at_once =
+        std::clamp(kPackedBytes / std::max<int64_t>(key_bytes + query_bytes, 1), int64_t(1), args.kv_heads);
+    const int64_t rows = attention_rows(args);
+    const auto scratch = [&](int64_t count, ScalarType dtype) {
+        return torch::stable::new_empty(q, {heads_at_once * count}, dtype);
+    };
+    const Tensor packed_keys = scratch(key_bytes, ScalarType::Byte);
+    const Tensor packed_queries = scratch(query_bytes, ScalarType::Byte);
+    const Tensor gathered = scratch(2 * rows * args.head_size, q.scalar_type());
+    const Tensor stats = scratch(2 * attention_stats(args), lse.scalar_type());
+    args.packed_keys = packed_keys.data_ptr();
+    args.packed_queries = packed_queries.data_ptr();
+    args.rows = gathered.data_ptr();
+    args.stats = stats.data_ptr();
+
+    cpu_capability();  // an error of its environment variable must not leave a worker thread
+    const auto units_of = [](int64_t n) { return (n + kAttentionQueries - 1) / kAttentionQueries; };
+    for (; args.first_kv_head < args.kv_heads; args.first_kv_head += heads_at_once) {
+        const int64_t heads = std::min(heads_at_once, args.kv_heads - args.first_kv_head);
+        const auto run = [&](auto kernel, int64_t n) {
+            torch::stable::parallel_for(0, heads * n, 1, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+        };
+        run(attention_backward_gather_cpu, units_of(rows));
+        run(attention_backward_pack_keys_cpu, key_blocks.back());
+        run(attention_backward_pack_queries_cpu, query_blocks.back());
+        run(attention_backward_queries_cpu, units_of(rows));
+        run(attention_backward_keys_cpu, units_of(args.keys));
+    }
+    return {dq, dk, dv};
+}
+
 }  // namespace fastft

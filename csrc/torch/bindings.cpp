@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         "seqused_k, Tensor? prefix_k, "
         "Tensor? prefix_v, float scale, bool is_causal) -> (Tensor out, Tensor lse)");
     m.def(
+        "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
+        "cu_seqlens_q, "
+        "Tensor cu_seqlens_k, float scale, bool is_causal) -> (Tensor dq, Tensor dk, Tensor dv)");
+    m.def(
         "log_softmax_kl(Tensor student_logits, Tensor teacher_logits, Tensor? weights, float temperature, "
         "str direction, float beta) -> (Tensor kl, Tensor stats)");
     m.def(
@@ -90,7 +94,10 @@ STABLE_TORCH_LIBRARY(fastft, m) {
 
 // One glue function serves both devices; which kernel it calls is the tensor's device.
 FASTFT_IMPL(CPU)
-STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) { m.impl("attention", TORCH_BOX(&fastft::attention)); }
+STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
+    m.impl("attention", TORCH_BOX(&fastft::attention));
+    m.impl("attention_backward", TORCH_BOX(&fastft::attention_backward));
+}
 
 #ifdef FASTFT_WITH_CUDA
 FASTFT_IMPL(CUDA)

@@ -16,6 +16,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                      std::optional<Tensor> seqused_k, std::optional<Tensor> prefix_k,
                                      std::optional<Tensor> prefix_v, double scale, bool is_causal);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                      double scale, bool is_causal);
 std::tuple<Tensor, Tensor> log_softmax_kl_forward(const Tensor& student, const Tensor& teacher,
                                                   std::optional<Tensor> weights, double temperature,
                                                   std::string direction, double beta);

@@ -9,7 +9,7 @@ arXiv 2402.05099).
 
 On a GPU the sequences' own part is one call over their ragged rows (`flash`), where a library for that takes the dtype.
 On a CPU the project's kernel (`fastft.ops.attention`) takes ragged rows and prefix in one softmax, with nothing to
-merge. What neither takes is padded to [B, L]: float32 on a GPU, and on a CPU what needs a gradient.
+merge. What neither takes is padded to [B, L]: float32 on a GPU, attention dropout, model.attention=sdpa.
 
 The function is registered with transformers and is reached through the attention interface with a `packed` keyword, so
 no model code is copied. There is one name for each choice of `model.attention`: `implementation(choice)`.
@@ -173,7 +173,7 @@ def merge(o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Te
 
 
 def _has_kernel(q: torch.Tensor) -> bool:
-    """Whether the project's CPU kernel takes such queries, where no gradient is needed: it wants vectors."""
+    """Whether the project's CPU kernel takes such queries: it wants vectors."""
     return q.device.type == "cpu" and q.shape[-1] <= LARGEST_HEAD and ops.cpu_capability() not in (None, "scalar")
 
 
@@ -318,9 +318,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
-    choice: who computes it, see `flash.select`; on a CPU, auto is the project's kernel where no gradient is needed, and
-    sdpa torch's. Branches, and on a GPU decode caches, go through torch's masked kernels in any case. Attention dropout
-    needs padding: auto does that, a back end that is named refuses it.
+    choice: who computes it, see `flash.select`; on a CPU, auto is the project's kernel, and sdpa torch's. Branches, and
+    on a GPU decode caches, go through torch's masked kernels in any case. Attention dropout needs padding: auto does
+    that, a back end that is named refuses it.
     """
     if packed is None:
         raise ValueError('attention "fastft" needs packed=PackedSequences(...) in the model call')
@@ -333,7 +333,7 @@ def packed_attention(
     layer = module.layer_idx
     if packed.capture is not None:
         packed.capture.put(layer, key.detach(), value.detach())
-    kernel = choice == "auto" and not gradient and not dropout and _has_kernel(query)
+    kernel = choice == "auto" and not dropout and _has_kernel(query)
     if kernel and packed.tree is None:
         return _attend_ragged(query, key, value, packed, layer, scaling), None
     own, own_lse = _attend_own(query, key, value, packed, layer, scaling, dropout, backend)

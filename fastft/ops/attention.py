@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops import _extension
-from fastft.ops._common import accumulate_dtype, check_float, check_like, shape_of
+from fastft.ops._common import accumulate_dtype, check_float, check_like, refuse_create_graph, shape_of
 
 LARGEST_HEAD = 256
 
@@ -37,15 +37,24 @@ def attention(
     A query that sees no key gives 0 and -inf. Scores and sums are float32 (float64); probabilities are rounded to the
     dtype. Nothing of size [T, S] exists. The number of threads does not change a result.
 
-    CPU only, no gradient. Raises ValueError for a shape, dtype or device that does not fit, naming the argument, and
-    RuntimeError where a gradient is asked for.
+    out has a gradient with respect to q, k and v where there is neither a prefix nor seqused_k; lse has none. With
+    p = exp(scale * q @ k.T - lse) and ds = scale * p * (grad @ v.T - sum(grad * out)):
+        dq = ds @ k,  dk = ds.T @ q,  dv = p.T @ grad.
+    CPU only. Raises ValueError for a shape, dtype or device that does not fit, naming the argument, and RuntimeError
+    for a gradient that there is not.
     Dao et al. 2022, https://arxiv.org/abs/2205.14135; shared prefixes: Juravsky et al. 2024,
     https://arxiv.org/abs/2402.05099, here in one softmax with the sequence's own keys.
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, prefix_k, prefix_v, scale)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, prefix_k, prefix_v)):
-        raise RuntimeError("attention: has no gradient; call it under torch.no_grad()")
+    wants_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, prefix_k, prefix_v)
+    )
+    if wants_grad and (prefix_k is not None or seqused_k is not None):
+        raise RuntimeError(
+            "attention: has no gradient with prefix_k or seqused_k; call it under torch.no_grad(), or put the prefix "
+            "in front of every sequence's keys"
+        )
     _extension.load()
     return torch.ops.fastft.attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, prefix_k, prefix_v, scale, is_causal
@@ -94,9 +103,31 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, prefix_k, prefix_v, s
 
 
 def register() -> None:
-    """Completes the compiled op: shapes without data. It has no gradient."""
+    """Completes the compiled ops: shapes without data, and the gradient."""
+    op, backward_op = torch.ops.fastft.attention.default, torch.ops.fastft.attention_backward.default
 
     def fake(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, prefix_k, prefix_v, scale, is_causal):
         return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=accumulate_dtype(q.dtype))
 
-    torch.library.register_fake(torch.ops.fastft.attention.default)(fake)
+    def fake_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, is_causal):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def setup_context(ctx, inputs, output):
+        q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, _, ctx.scale, ctx.is_causal = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+
+    def backward(ctx, grad, _):
+        refuse_create_graph("attention")
+        if grad is None:
+            return (None,) * 10
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        grad = grad if grad.stride(2) == 1 else grad.contiguous()
+        gradients = backward_op(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.is_causal)
+        return (*gradients, *(None,) * 7)
+
+    torch.library.register_fake(op)(fake)
+    torch.library.register_fake(backward_op)(fake_backward)
+    torch.library.register_autograd(op, backward, setup_context=setup_context)

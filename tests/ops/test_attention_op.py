@@ -1,4 +1,4 @@
-"""attention: against float64, schema and shapes, hard shapes, what it refuses."""
+"""attention: values and gradients against float64, schema and shapes, hard shapes, what it refuses."""
 
 from itertools import accumulate
 
@@ -47,6 +47,25 @@ def check(tensors, dtype, terms=16.0, **options):
         assert_as_accurate(x, y, z, what, of, terms=terms)
 
 
+def check_gradients(tensors, dtype, **options):
+    options = {"scale": tensors["q"].shape[2] ** -0.5} | options
+    seed = torch.randn(tensors["q"].shape, dtype=torch.float64).to(dtype)
+    names = ("q", "k", "v")
+    found = []
+    for function, inputs in (
+        (attention, tensors),
+        (reference.attention, tensors),
+        (reference.attention, to_float64(tensors)),
+    ):
+        leaves = inputs | {n: inputs[n].detach().requires_grad_() for n in names}
+        out, _ = function(**leaves, **options)
+        found.append(torch.autograd.grad(out, [leaves[n] for n in names], seed.to(out.dtype)))
+    for n, x, y, z in zip(names, *found, strict=True):
+        assert x.dtype == dtype
+        # A probability is as wrong as its score, which is tens of units; it multiplies sums of size 10.
+        assert_as_accurate(x, y, z, f"gradient of {n}", dtype, terms=256.0)
+
+
 # 1. Against float64 -----------------------------------------------------------------------------------
 
 
@@ -58,10 +77,30 @@ def test_against_float64(dtype, is_causal, prefix, heads, kv_heads, size):
     check(inputs(heads, kv_heads, size, prefix, dtype), dtype, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 64), (9, 3, 64), (2, 1, 80), (3, 3, 7), (2, 2, 256)])
+@pytest.mark.parametrize("more_keys", [0, 3])
+def test_gradients_against_float64(dtype, is_causal, heads, kv_heads, size, more_keys):
+    keys = [n + more_keys for n in LENGTHS]
+    check_gradients(inputs(heads, kv_heads, size, 0, dtype, key_lengths=keys), dtype, is_causal=is_causal)
+
+
 def test_every_capability(capability):
     for dtype in DTYPES:
         for heads, size in ((6, 64), (2, 33)):
             check(inputs(heads, 2, size, 150, dtype), dtype)
+            check_gradients(inputs(heads, 2, size, 0, dtype), dtype)
+
+
+def test_gradcheck():
+    tensors = inputs(4, 2, 6, 0, torch.float64, [3, 5], [4, 5])
+    leaves = [tensors[n].requires_grad_() for n in ("q", "k", "v")]
+
+    def function(q, k, v):
+        return attention(**tensors | {"q": q, "k": k, "v": v}, scale=0.4)[0]
+
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 def test_the_softmax_of_transformers_models():
@@ -84,6 +123,13 @@ def test_opcheck(prefix):
     ]
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastft.attention.default, (*args, 0.25, True), test_utils=tests)
+    if not prefix:
+        for x in args[:3]:
+            x.requires_grad_()
+        torch.library.opcheck(torch.ops.fastft.attention.default, (*args, 0.25, True))
+        out, lse = attention(**tensors, scale=0.25)
+        args = [x.detach() for x in (torch.ones_like(out), *args[:3], out, lse, *args[3:5])]
+        torch.library.opcheck(torch.ops.fastft.attention_backward.default, (*args, 0.25, True), test_utils=tests)
 
 
 def test_compiles_without_graph_breaks():
@@ -93,8 +139,20 @@ def test_compiles_without_graph_breaks():
     def compiled(tensors):
         return attention(**tensors, scale=0.25)[0] * 2
 
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(tensors), attention(**tensors, scale=0.25)[0] * 2)
+    torch.testing.assert_close(compiled(tensors), attention(**tensors, scale=0.25)[0] * 2)
+
+
+def test_compiles_with_its_gradient():
+    tensors = inputs(4, 2, 16, 0, torch.float32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q):
+        return (attention(**tensors | {"q": q}, scale=0.25)[0] ** 2).sum()
+
+    q = tensors["q"].requires_grad_()
+    (found,) = torch.autograd.grad(compiled(q), q)
+    (expected,) = torch.autograd.grad((attention(**tensors, scale=0.25)[0] ** 2).sum(), q)
+    torch.testing.assert_close(found, expected)
 
 
 # 3. Hard shapes and values ----------------------------------------------------------------------------
@@ -117,6 +175,24 @@ def test_any_sizes_and_strides(data):
         used = [data.draw(st.integers(n, m)) for n, m in zip(lengths, keys, strict=True)]
         tensors["seqused_k"] = torch.tensor(used, dtype=torch.int32)
     check(tensors, torch.float64, is_causal=data.draw(st.booleans()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_gradients_of_any_sizes_and_strides(data):
+    kv_heads, group, size = (data.draw(st.integers(1, n)) for n in (3, 5, 70))
+    lengths = data.draw(st.lists(st.integers(0, 150), min_size=1, max_size=4))
+    keys = [n + data.draw(st.integers(0, 20)) for n in lengths]
+    tensors = inputs(group * kv_heads, kv_heads, size, 0, torch.float64, lengths, keys)
+    for x in ("q", "k", "v"):
+        tensors[x] = strided(data, tensors[x].permute(2, 0, 1)).permute(1, 2, 0)
+        if tensors[x].stride(2) != 1:
+            tensors[x] = tensors[x].contiguous()
+    check_gradients(tensors, torch.float64, is_causal=data.draw(st.booleans()))
+
+
+def test_gradients_in_several_rounds_of_heads():
+    check_gradients(inputs(3, 3, 256, 0, torch.float32, [3], [20_000]), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -174,6 +250,15 @@ def test_threads_do_not_change_results():
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
+    tensors = inputs(9, 3, 64, 0, torch.bfloat16)
+    leaves = [tensors[n].requires_grad_() for n in ("q", "k", "v")]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(torch.autograd.grad(attention(**tensors, scale=0.125)[0].float().square().sum(), leaves))
+    for gradients in results[1:]:
+        assert all(map(torch.equal, gradients, results[0]))
+
 
 # 4. Refusals ------------------------------------------------------------------------------------------
 
@@ -216,10 +301,18 @@ def test_more_keys_in_use_than_there_are_is_refused():
             attention(**tensors | {"seqused_k": torch.tensor(wrong).int()}, scale=0.25)
 
 
-def test_a_gradient_is_refused():
+def test_a_gradient_with_a_prefix_is_refused():
     tensors = inputs(4, 2, 16, 9, torch.float32)
     tensors["k"].requires_grad_()
-    with pytest.raises(RuntimeError, match=r"has no gradient; call it under torch\.no_grad"):
+    with pytest.raises(RuntimeError, match="has no gradient with prefix_k or seqused_k"):
         attention(**tensors, scale=0.25)
     with torch.no_grad():
         attention(**tensors, scale=0.25)
+
+
+def test_a_second_derivative_is_refused():
+    tensors = inputs(4, 2, 16, 0, torch.float32)
+    q = tensors["q"].requires_grad_()
+    out, _ = attention(**tensors, scale=0.25)
+    with pytest.raises(RuntimeError, match="attention is not twice differentiable"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)

@@ -42,10 +42,12 @@ struct AttentionArgs {
     DType dtype;
 };
 
-// Keys and values of one block and head, in every CPU capability.
-inline int64_t attention_block_bytes(const AttentionArgs& args) {
-    const int64_t element = args.dtype == DType::Float64 ? 8 : 4, columns = (args.head_size + 63) / 64 * 64;
-    return 2 * element * columns * kAttentionKeys;
+// One block of rows of a head, packed, in every CPU capability.
+inline int64_t attention_packed_bytes(DType dtype, int64_t head_size) {
+    return (dtype == DType::Float64 ? 8 : 4) * ((head_size + 63) / 64 * 64) * kAttentionKeys;
+}
+inline int64_t attention_block_bytes(const AttentionArgs& args) {  // of keys and values
+    return 2 * attention_packed_bytes(args.dtype, args.head_size);
 }
 
 // A row is a query token with one of the query heads that share a key/value head; the heads of a token stand
@@ -62,5 +64,43 @@ inline int64_t attention_keys_of(const AttentionArgs& args, int64_t sequence) {
 // Over [head of this round, block] and then over [head of this round, unit].
 void attention_pack_cpu(const AttentionArgs& args, int64_t begin, int64_t end);
 void attention_cpu(const AttentionArgs& args, int64_t begin, int64_t end);
+
+// The gradient, without prefix and seqused_k. With p = exp(scale q k^T - lse), d = sum(grad out) of a query:
+//   ds = scale p (grad v^T - d),   dq = ds k,   dk = ds^T q,   dv = p^T grad
+// Both p and ds are computed twice, once a block of queries at a time for dq and once a block of keys at a
+// time for dk and dv: no sum has two writers, and results do not depend on the number of threads. They are
+// rounded to the dtype before the products.
+struct AttentionBackwardArgs {
+    Heads grad, q, k, v, out;
+    const void* lse;  // [heads, tokens] Acc
+    const int32_t *cu_seqlens_q, *cu_seqlens_k;
+    const int64_t *first_key_block, *first_query_block;  // [sequences + 1]
+    // Scratch, for each head of this round: packed keys and queries; rows [2, attention_rows, head_size] of q
+    // and grad; stats [2, attention_stats] Acc of log2(e) lse and d.
+    void *packed_keys, *packed_queries, *rows, *stats;
+    void *dq, *dk, *dv;  // [tokens, heads, head_size], [keys, kv_heads, head_size] twice
+    int64_t tokens, keys, sequences, heads, kv_heads, head_size;
+    int64_t first_kv_head;  // of this round
+    double scale;
+    bool causal;
+    DType dtype;
+};
+
+constexpr int64_t kAttentionKeyForms = 3, kAttentionQueryForms = 4;  // packed, of each block
+
+inline int64_t attention_rows(const AttentionBackwardArgs& args) {
+    return args.tokens * (args.heads / args.kv_heads);
+}
+inline int64_t attention_stats(const AttentionBackwardArgs& args) {  // vectors may read beyond the last row
+    return attention_rows(args) + 64;
+}
+
+// In this order, over [head of this round, n] with n: units of rows; blocks of keys; blocks of queries; units
+// of rows; units of keys.
+void attention_backward_gather_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end);
+void attention_backward_pack_keys_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end);
+void attention_backward_pack_queries_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end);
+void attention_backward_queries_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end);
+void attention_backward_keys_cpu(const AttentionBackwardArgs& args, int64_t begin, int64_t end);
 
 }  // namespace fastft
