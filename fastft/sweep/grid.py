@@ -150,11 +150,14 @@ def select_part(runs: list[Run], part: str | None) -> list[Run]:
 
 def identity(config: Config) -> str:
     """What makes a run the same run: its resolved values without those that say where it works."""
-    plain = config.plain()
+    return _without_places(config.plain())
+
+
+def _without_places(plain: dict[str, Any]) -> str:
     for key in PLACES:
         section, _, name = key.rpartition(".")
-        (plain[section] if section else plain).pop(name, None)
-    return json.dumps(plain, sort_keys=True)
+        (plain.get(section, {}) if section else plain).pop(name, None)
+    return json.dumps({key: value for key, value in plain.items() if value != {}}, sort_keys=True)
 
 
 def _base(file: SweepConfig, source: str) -> dict[str, Any]:
@@ -207,7 +210,10 @@ def _resolve(
             select_pattern(config.data)
         except DataError as error:
             return None, [str(error)]
-    digest = hashlib.sha256(identity(config).encode()).hexdigest()[:HASH_LENGTH]
+    # Of what is not a default: a key that fastft gains later leaves the folders of earlier runs where they are, and
+    # `identity` tells whether they still hold this run.
+    chosen = _without_places(config.model_dump(mode="json", exclude_defaults=True))
+    digest = hashlib.sha256(chosen.encode()).hexdigest()[:HASH_LENGTH]
     folder = output_dir / "runs" / f"{name[:NAME_LENGTH]}-{digest}"
     return config.model_copy(update={"output_dir": str(folder)}), []
 
