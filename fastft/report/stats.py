@@ -10,7 +10,8 @@ of their variance already, so this errs on the wide side. Where a run kept no pr
 Few seeds drawn from themselves vary too little, by (S - 1) / S. The deviations from the mean are widened by the root of
 S / (S - 1), so that over seeds alone the variance is the unbiased s^2 / S. The rest is not mended: in simulations where
 all seeds have the same examples, a 95 % interval covers 80 % with 2 seeds, 86 % with 3, 90 % with 5 and 94 % with 10 if
-seeds outweigh examples, and 96 to 97 % with 2 or 3 if examples do; with examples of each seed's own, 93 to 100 % with 3 or 5.
+seeds outweigh examples, and 96 to 97 % with 2 or 3 if examples do; with examples of each seed's own, 93 to 100 % with 3
+or 5.
 """
 
 from __future__ import annotations
