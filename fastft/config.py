@@ -87,7 +87,19 @@ class WindowConfig(Section):
 
 DocumentTask = Literal["documents", "narrativeqa"]
 ClassificationTask = Literal[
-    "rte", "mnli", "mnli_binary", "hans", "qqp", "paws_qqp", "cola", "cola_ood", "commonsense_qa"
+    "rte",
+    "mnli",
+    "mnli_mismatched",
+    "mnli_binary",
+    "mnli_binary_mismatched",
+    "mnli_merged",
+    "mnli_merged_mismatched",
+    "hans",
+    "qqp",
+    "paws_qqp",
+    "cola",
+    "cola_ood",
+    "commonsense_qa",
 ]
 OwnTask = Literal["jsonl", "summarization"]  # examples of one's own; what they look like stands in the config
 
@@ -129,7 +141,8 @@ class DataConfig(Section):
     )
     root: str | None = Field(
         None,
-        description="folder with local copies of datasets (<root>/<task>/<split>.jsonl[.gz]); default $FASTFT_DATA",
+        description="folder with local copies of datasets (<root>/<task>/<split>.jsonl[.gz], .csv or .tsv); default "
+        "$FASTFT_DATA",
     )
     split: str = Field("validation", description="dataset split")
     pattern: str | None = Field(
@@ -158,6 +171,9 @@ class DataConfig(Section):
     )
     control_documents: NonNegativeInt = Field(
         3, description="how many other documents' questions measure the control (spread over the rest)"
+    )
+    document_text: Literal["summary", "story"] = Field(
+        "summary", description="narrativeqa: what is learned of a document, its summary or the whole story"
     )
     heldout_fraction: Fraction = Field(
         0.5,
@@ -467,7 +483,10 @@ class EvaluateConfig(Section):
 
 # What a method has no use for. Setting such a key is an error: it would change nothing.
 _DOCUMENT_KEYS = [
-    *(f"data.{key}" for key in ("path", "documents", "control_documents", "heldout_fraction", "window")),
+    *(
+        f"data.{key}"
+        for key in ("path", "document_text", "documents", "control_documents", "heldout_fraction", "window")
+    ),
     *(f"data.{key}" for key in ("context_pattern", "query_pattern", "answer_pattern", "answer_end")),
     *("queries", "evaluate.answers", "evaluate.max_new_tokens"),
 ]

@@ -55,7 +55,7 @@ def select(documents: list[Document], wanted: list[int | str] | None) -> list[Do
 def read_rows(
     root: str | None, task: str, split: str, *, hub: str | None, hub_split: str | None = None
 ) -> Iterable[Row]:
-    """Rows of a dataset: <root>/<task>/<split>.jsonl[.gz], or from the hub where neither root nor FASTFT_DATA is set.
+    """Rows of a dataset: <root>/<task>/<split> with an ending of READERS, or from the hub without root and FASTFT_DATA.
 
     hub: "owner/name" or "owner/name:subset"; None where the hub has no such dataset. hub_split: its name for the split.
     """
@@ -71,10 +71,11 @@ def read_rows(
 
 
 def _local_rows(folder: Path, split: str) -> Iterable[Row]:
-    for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
-        if (folder / name).is_file():
-            return read_jsonl(folder / name)
-    there = ", ".join(sorted(p.name for p in folder.glob("*.jsonl*"))) if folder.is_dir() else "no such folder"
+    for suffix, read in READERS.items():
+        for path in (folder / f"{split}{suffix}", folder / f"{split}{suffix}.gz"):
+            if path.is_file():
+                return read(path)
+    there = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
     raise DataError(f"data.root={folder.parent}: {folder / split}.jsonl[.gz] not found ({there})")
 
 
@@ -135,6 +136,9 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
         raise DataError(f"{path}: not CSV after line {rows.line_num}: {error}") from None
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".tsv": lambda path: read_csv(path, delimiter="\t")}
 
 
 def text_field(value: dict[str, Any], key: str, place: str, *, may_be_empty: bool = False) -> str:

@@ -95,11 +95,16 @@ class ClassificationTask:
 NO_LABEL = "a split without labels cannot be used, choose another with data.split"
 
 
-def columns(names: dict[str, str], labels: dict[int, int | None], groups: tuple[str, ...] = ()) -> Reader:
-    """A reader of rows with texts and an integer `label`.
+def columns(
+    names: dict[str, str],
+    labels: dict[int, int | None],
+    groups: tuple[str, ...] = (),
+    decode: Callable[[str], str] = str,
+) -> Reader:
+    """A reader of rows with texts and an integer `label`, which a CSV file has as text.
 
     names: field -> column. labels: label in the file -> label here, or None to leave the row out. groups: columns that
-    say which groups a row belongs to.
+    say which groups a row belongs to. decode: what makes a text of a column's.
     """
     expected = ", ".join(map(str, labels))
 
@@ -107,13 +112,15 @@ def columns(names: dict[str, str], labels: dict[int, int | None], groups: tuple[
         if "label" not in row:
             raise DataError(f"{place}: missing 'label'; found {', '.join(map(repr, row)) or 'nothing'}; {NO_LABEL}")
         label = row["label"]
+        if isinstance(label, str) and label.strip().lstrip("-").isdecimal():
+            label = int(label)
         if not isinstance(label, int) or label not in labels:
             unlabelled = f"; {NO_LABEL}" if label in (-1, None) else ""
             raise DataError(f"{place}: 'label' is {label!r}, expected {expected}{unlabelled}")
         if labels[label] is None:
             return None
         # Some pairs of QQP have an empty side.
-        texts = {key: text_field(row, column, place, may_be_empty=True) for key, column in names.items()}
+        texts = {key: decode(text_field(row, column, place, may_be_empty=True)) for key, column in names.items()}
         return Example(texts, labels[label], groups={column: text_field(row, column, place) for column in groups})
 
     return read

@@ -15,6 +15,9 @@ benchmarks/compare_lm_eval.py compares prompts and likelihoods.
 
 from __future__ import annotations
 
+import ast
+import re
+
 from fastft.tasks.classification import ClassificationTask, Pattern, columns
 
 LITERAL = r"\n\n"  # four characters, no line break
@@ -73,14 +76,43 @@ PREMISE = {"text1": "premise", "text2": "hypothesis"}
 QUESTIONS = {"text1": "question1", "text2": "question2"}
 SENTENCE = {"text1": "sentence"}
 TWO, THREE = {0: 0, 1: 1}, {0: 0, 1: 1, 2: 2}
-WITHOUT_NEUTRAL = {0: 0, 1: None, 2: 1}
-GLUE, MATCHED = "nyu-mll/glue", {"validation": "validation_matched"}
+WITHOUT_NEUTRAL, NEUTRAL_MERGED = {0: 0, 1: None, 2: 1}, {0: 0, 1: 1, 2: 1}
+GLUE = "nyu-mll/glue"
+
+
+def text_of_literal(text: str) -> str:
+    """PAWS-QQP is released with each sentence as Python writes its bytes, b'...'; anything else stays as it is."""
+    if not re.fullmatch(r"b(?:'.*'|\".*\")", text, re.DOTALL):
+        return text
+    try:
+        return ast.literal_eval(text).decode().strip()
+    except (SyntaxError, ValueError):
+        return text
+
+
+def mnli(name: str, labels: dict[int, int | None], patterns: dict[str, Pattern]) -> list[ClassificationTask]:
+    """MultiNLI, and its pairs of other genres than the training data's."""
+    read, hub = columns(PREMISE, labels), f"{GLUE}:mnli"
+    return [
+        ClassificationTask(name, read, patterns, "mnli", hub, {"validation": "validation_matched"}),
+        ClassificationTask(
+            f"{name}_mismatched",
+            read,
+            patterns,
+            "mnli_mismatched",
+            hub,
+            {"validation": "validation_mismatched"},
+            has_train=False,
+        ),
+    ]
+
 
 TASKS = [
     ClassificationTask("rte", columns(SENTENCES, TWO), ENTAILMENT, "rte", f"{GLUE}:rte"),
-    ClassificationTask("mnli", columns(PREMISE, THREE), ENTAILMENT_OR_NEUTRAL, "mnli", f"{GLUE}:mnli", MATCHED),
-    # Mosbach et al. leave out the neutral pairs, so that HANS has the same two labels.
-    ClassificationTask("mnli_binary", columns(PREMISE, WITHOUT_NEUTRAL), ENTAILMENT, "mnli", f"{GLUE}:mnli", MATCHED),
+    *mnli("mnli", THREE, ENTAILMENT_OR_NEUTRAL),
+    # HANS has two labels: Mosbach et al. leave out the neutral pairs; McCoy et al. count them as no entailment.
+    *mnli("mnli_binary", WITHOUT_NEUTRAL, ENTAILMENT),
+    *mnli("mnli_merged", NEUTRAL_MERGED, ENTAILMENT),
     ClassificationTask(
         "hans",
         columns(PREMISE, TWO, groups=("heuristic", "subcase")),
@@ -90,7 +122,9 @@ TASKS = [
         has_train=False,
     ),
     ClassificationTask("qqp", columns(QUESTIONS, TWO), PARAPHRASE, "qqp", f"{GLUE}:qqp"),
-    ClassificationTask("paws_qqp", columns(SENTENCES, TWO), PARAPHRASE, "paws_qqp", has_train=False),
+    ClassificationTask(
+        "paws_qqp", columns(SENTENCES, TWO, decode=text_of_literal), PARAPHRASE, "paws_qqp", has_train=False
+    ),
     ClassificationTask("cola", columns(SENTENCE, TWO), ACCEPTABILITY, "cola", f"{GLUE}:cola"),
     ClassificationTask("cola_ood", columns(SENTENCE, TWO), ACCEPTABILITY, "cola_ood", has_train=False),
 ]

@@ -1,8 +1,8 @@
-"""NarrativeQA summaries with their questions (Kocisky et al. 2018, arXiv 1712.07040).
+"""NarrativeQA's summaries, or its whole stories, with their questions (Kocisky et al. 2018, arXiv 1712.07040).
 
 From the hub (`deepmind/narrativeqa`), or from a local copy with the hub's field names:
-<data.root>/narrativeqa/<split>.jsonl[.gz], a line a question: document {id, summary {text}}, question {text},
-answers [{text}, ...].
+<data.root>/narrativeqa/<split>.jsonl[.gz], a line a question: document {id, summary {text}, text}, question {text},
+answers [{text}, ...]; of summary and text only what data.document_text asks for must be there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ def load(config: DataConfig) -> list[Document]:
         if not isinstance(document, dict) or not isinstance(question, dict) or not isinstance(answers, list):
             raise DataError(f"{place}: expected document {{...}}, question {{...}}, answers [...]; found {list(row)}")
         key = text_field(document, "id", place)
-        texts.setdefault(key, text_field(document.get("summary") or {}, "text", f"{place}: document.summary"))
+        if key not in texts:
+            summary = config.document_text == "summary"
+            where = (document.get("summary") or {}, "text", f"{place}: document.summary")
+            texts[key] = text_field(*where) if summary else text_field(document, "text", f"{place}: document")
         questions.setdefault(key, []).append(
             Question(
                 text=text_field(question, "text", f"{place}: question"),

@@ -22,10 +22,8 @@ from typing import Any
 
 from fastft.config import DataConfig, label_name
 from fastft.errors import DataError
-from fastft.tasks.base import Row, hub_rows, read_csv, read_jsonl, text_field
+from fastft.tasks.base import READERS, Row, hub_rows, text_field
 from fastft.tasks.classification import NO_LABEL, Example, Pattern
-
-READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".tsv": lambda path: read_csv(path, delimiter="\t")}
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,20 @@ def test_narrativeqa_from_a_local_copy():
     assert len(documents) == 30 and sum(len(d.questions) for d in documents) == 885
 
 
+def test_narrativeqa_summaries_and_stories(tmp_path):
+    (tmp_path / "narrativeqa").mkdir()
+    document = {"id": "a", "summary": {"text": "Short."}, "text": "A long story."}
+    row = {"document": document, "question": {"text": "Q?"}, "answers": [{"text": "x"}]}
+    (tmp_path / "narrativeqa" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    for which, text in (("summary", "Short."), ("story", "A long story.")):
+        config = DataConfig(task="narrativeqa", root=str(tmp_path), document_text=which)
+        assert [d.text for d in load_documents(config)] == [text]
+    del document["text"]
+    (tmp_path / "narrativeqa" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="validation.jsonl:1: document: missing 'text'; found 'id', 'summary'"):
+        load_documents(DataConfig(task="narrativeqa", root=str(tmp_path), document_text="story"))
+
+
 def test_narrativeqa_names_what_is_missing(tmp_path):
     with pytest.raises(DataError, match=r"validation\.jsonl"):
         load_documents(DataConfig(task="narrativeqa", root=str(tmp_path)))
