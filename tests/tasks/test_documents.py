@@ -71,7 +71,7 @@ def test_narrativeqa_summaries_and_stories(tmp_path):
         assert [d.text for d in load_documents(config)] == [text]
     del document["text"]
     (tmp_path / "narrativeqa" / "validation.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match="validation.jsonl:1: document: missing 'text'; found 'id', 'summary'"):
+    with pytest.raises(DataError, match=r"validation\.jsonl:1: document: missing 'text'; found 'id', 'summary'"):
         load_documents(DataConfig(task="narrativeqa", root=str(tmp_path), document_text="story"))
 
 
