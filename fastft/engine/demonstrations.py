@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from fastft.data.sequences import Sequence, Window
-from fastft.data.store import TeacherStore
+from fastft.data.store import TeacherStore, store_key
 from fastft.distributed import Ranks
-from fastft.engine.base import Base, Prepared
-from fastft.engine.few_shot import Answers, FewShot, draw
+from fastft.engine.base import Base, Prepared, prefix_key
+from fastft.engine.few_shot import Answered, Answers, FewShot, draw
 from fastft.engine.objective import Objective, distillation
 from fastft.engine.progress import Reporter
 from fastft.errors import DataError
+from fastft.files import replaced
 from fastft.methods import distill, icl
 from fastft.methods.evaluation import recovery
+from fastft.methods.metrics import Predictions
 from fastft.models import loading
 from fastft.models.attention import Prefix
 from fastft.models.text import Text
@@ -26,6 +31,8 @@ from fastft.tasks import Example
 @dataclass(frozen=True)
 class Demonstrations(FewShot):
     """The shots are one context, the same for all queries."""
+
+    answers_type: ClassVar[type] = Predictions
 
     def encode_context(self, text: Text) -> tuple[int, ...]:
         return icl.encode_demonstrations(self.pattern, self.shots, text)
@@ -113,18 +120,66 @@ class Demonstrations(FewShot):
 
     def evaluate_base(self, base: Base, prepared: Prepared, ranks: Ranks, out: Reporter) -> dict[str, Answers]:
         """What the base says without and with the demonstrations."""
-        contexts = {"no_context": tuple(base.text.leading), "teacher": prepared.windows[0].token_ids}
+        sets = prepared.evaluated
         return {
-            name: self.answer(
-                base,
-                prepared.evaluated,
-                ranks,
-                out,
-                prefix=base.lm.encode_prefix(context) if context else None,
-                phase="in context" if name == "teacher" else "no context",
-            )
-            for name, context in contexts.items()
+            "no_context": self._base_answers(base, sets, tuple(base.text.leading), ranks, out, phase="no context"),
+            "teacher": self._base_answers(base, sets, prepared.windows[0].token_ids, ranks, out, phase="in context"),
         }
+
+    def _base_answers(
+        self,
+        base: Base,
+        sets: list[icl.ChoiceSet],
+        context: tuple[int, ...],
+        ranks: Ranks,
+        out: Reporter,
+        *,
+        phase: str,
+    ) -> Answers:
+        """The base's answers behind a context, from the cache folder or computed now.
+
+        Runs that differ in what they train ask the base the same. The seconds are those of the run that computed them.
+        """
+        c = self.config
+        key = store_key(
+            {
+                "what": "answers",
+                "base": base.fingerprint,
+                "tokenizer": base.tokenizer_fingerprint,
+                "dtype": c.model.dtype,
+                "device": base.lm.device.type,
+                "attention": c.model.attention,
+                "context": context,
+                "sets": [(s.name, s.prompts, s.choices) for s in sets],
+                "task": c.kind,
+                "score": c.icl.score,
+                "evaluate": c.evaluate.model_dump(),
+                **prefix_key(c),
+            }
+        )
+        path = c.cache_path / "answers" / f"{key}.pt"
+        answers = self._read_answers(path, sets)
+        if ranks.all(answers is not None):
+            out.line(f"{phase:<10} answers of the base found in {path}")
+            return answers
+        prefix = base.lm.encode_prefix(context) if context else None
+        answers = self.answer(base, sets, ranks, out, prefix=prefix, phase=phase)
+        if ranks.is_first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced(path) as partial:
+                torch.save([(vars(a.predictions), a.seconds) for a in answers.values()], partial)
+        return answers
+
+    def _read_answers(self, path: Path, sets: list[icl.ChoiceSet]) -> Answers | None:
+        """What an earlier run kept there; None where it is not there or damaged."""
+        try:
+            kept = torch.load(path, weights_only=True)
+            return {
+                s.name: Answered(s, self.answers_type(**fields), seconds)
+                for s, (fields, seconds) in zip(sets, kept, strict=True)
+            }
+        except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError):
+            return None
 
     def summarize(self, base: Base, prepared: Prepared, before: dict[str, Answers], after: Answers) -> dict[str, Any]:
         """sets: the student's figures; sets_no_context, sets_teacher: the base's; recovery on the task's own set."""

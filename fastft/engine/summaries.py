@@ -80,6 +80,8 @@ class Summarized(FewShot):
 class SummaryDemonstrations(Summarized, Demonstrations):
     """Pairs of a text and its summary as one context; what is distilled of it are the summaries that it makes."""
 
+    answers_type: ClassVar[type] = Summaries
+
     def complete(
         self, base: Base, window: Window, prompts: list[list[int]], ranks: Ranks, out: Reporter
     ) -> list[list[int]]:

@@ -40,6 +40,25 @@ def few_shot_config(tmp_path, tiny):
     return make
 
 
+def test_runs_share_what_the_base_says(few_shot_config, launch, tmp_path):
+    """Without and with the demonstrations; a damaged file is computed again."""
+    sets = []
+    for name, options in (("lora", []), ("bitfit", ["peft.kind=bitfit", "peft.add_biases=true"]), ("again", [])):
+        raw = few_shot_config(output_dir=str(tmp_path / name), train={"steps": 1, "batch_size": 4})
+        if name == "again":
+            for path in (tmp_path / "cache" / "answers").iterdir():
+                path.write_bytes(path.read_bytes()[:100])
+        done = launch(raw, *options)
+        ok(done)
+        assert done.stdout.count("answers of the base found in") == (2 if name == "bitfit" else 0)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        sets.append([summary[key]["rte"] for key in ("sets_no_context", "sets_teacher")])
+    lora, bitfit, again = sets
+    assert bitfit == lora
+    for first, second in zip(lora, again, strict=True):
+        assert all(first[key] == second[key] for key in ("accuracy", "nll", "ece", "mcc"))
+
+
 @pytest.mark.parametrize(("loss_on", "targets_per_query"), [("all", None), ("completion", 1)])
 def test_the_student_learns_what_the_prompt_does(few_shot_config, launch, loss_on, targets_per_query):
     raw = few_shot_config(distill={"examples": 12, "loss_on": loss_on})
