@@ -21,7 +21,9 @@ TRAINED = {
     "lora": ("lora", 32, 80, 32, 0.25, 2e-4),
     "bitfit": ("bitfit", 128, 100, 32, 0.25, 1e-4),
 }
-MODELS = [f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b")]
+HEAD_SIZES = {"125m": 64, "350m": 64, "1.3b": 64, "2.7b": 80, "6.7b": 128, "13b": 128, "30b": 128}
+HEAD_SIZES = {f"facebook/opt-{name}": size for name, size in HEAD_SIZES.items()}
+MODELS = list(HEAD_SIZES)
 
 
 def test_there_is_one_for_each_task_and_method():
@@ -36,8 +38,9 @@ def test_the_published_settings(name, method, model):
     task, ood, words = TASKS[name]
     assert [t.name for t in select_tasks(c.data)] == [task, ood]
     pattern_name, pattern = select_pattern(c.data)
-    assert (pattern_name, pattern.verbalizer) == ("minimal", words)
-    assert pattern.query == ("{text1} ?" if name == "cola" else "{text1} {text2} ?")
+    assert (pattern_name, pattern.verbalizer) == ("llmft_minimal" if method == "icl" else "minimal", words)
+    assert pattern.query.strip() == ("{text1} ?" if name == "cola" else "{text1} {text2} ?")
+    assert pattern.query.endswith(" ") == (method == "icl") and c.icl.sampling == "llmft"
     assert (c.model.name_or_path, c.deepspeed.zero_stage, c.seed) == (model, 3, 0)
     assert c.output_dir == f"runs/llmft/{name}_{method}"
     if method == "icl":
@@ -52,6 +55,9 @@ def test_the_published_settings(name, method, model):
     if kind == "lora":
         assert (c.peft.r, c.peft.lora_alpha, c.peft.target_modules) == (8, 8.0, ["q_proj", "v_proj"])
         assert c.peft.lora_plus_ratio == 1.0
+        assert (c.peft.activation, c.peft.adapter_biases, c.peft.trained_scale) == ("relu", True, True)
+        assert c.peft.alpha_pattern == {"q_proj": 64.0}  # of OPT-125M to 1.3B
+    assert c.peft.train_embeddings == (kind != "full")
 
 
 @pytest.mark.parametrize(
@@ -75,3 +81,6 @@ def test_the_sweeps(monkeypatch, method, shots, settings):
             assert c.train.steps == epochs * c.icl.num_shots // c.train.batch_size
             assert c.train.warmup_steps == warmup * c.train.steps
             assert (c.peft.kind, c.train.lr) == (kind, lr)
+            if kind == "lora":
+                expected = 8 * HEAD_SIZES[c.model.name_or_path] ** 0.5
+                assert c.peft.alpha_pattern["q_proj"] == pytest.approx(expected, abs=1e-4)
