@@ -181,43 +181,64 @@ def _attend_ragged(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences, layer: int, scale: float
 ) -> torch.Tensor:
     """Every sequence's attention to its prefix, its cache and itself, by the CPU kernel: [1, T, H, D]."""
-    ends_q = ends_k = packed.cu_seqlens
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
-    used = None
     if packed.cache is not None:
-        k, v = (x.flatten(0, 1) for x in packed.extend_cache(layer, k, v))
         ends_k = torch.arange(len(packed.lengths) + 1, dtype=torch.int32) * packed.cache.capacity
-        used = packed.seqused
+        k, v = (x.flatten(0, 1) for x in packed.extend_cache(layer, k, v))
+        return _attend_groups(q, k, v, packed, layer, scale, packed.cu_seqlens, ends_k, packed.seqused)[0][None]
+    if packed.branching is None:
+        return _attend_groups(q, k, v, packed, layer, scale, packed.cu_seqlens, packed.cu_seqlens)[0][None]
+    # Each part of a tree behind the prefix alone; then the branches also see the trunk that they grow from.
+    tree = packed.branching
+    out, lse = _attend_groups(q, k, v, packed, layer, scale, tree.cu_parts, tree.cu_parts, parts=tree.parts)
+    if len(tree.branch_rows):
+        ends = (tree.cu_branches, tree.cu_trunks)
+        trunks = (x[tree.trunk_rows] for x in (k, v))
+        more, more_lse = ops.attention(q[tree.branch_rows], *trunks, *ends, scale=scale, is_causal=False)
+        own, own_lse = out[tree.branch_rows], lse[:, tree.branch_rows]
+        out[tree.branch_rows] = merge(own, own_lse.t(), more, more_lse.t())
+    return out[None]
+
+
+def _attend_groups(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: PackedSequences,
+    layer: int,
+    scale: float,
+    ends_q: torch.Tensor,
+    ends_k: torch.Tensor,
+    used: torch.Tensor | None = None,
+    parts: list[int] | None = None,
+) -> OutputAndLSE:
+    """`fastft.ops.attention` for each prefix and those behind it: out [T, H, D], lse [H, T].
+
+    parts: how many stretches of ends_q each sequence has; None: one.
+    """
     if packed.prefixes is None:
-        return ops.attention(q, k, v, ends_q, ends_k, seqused_k=used, scale=scale)[0][None]
-    outs, first = [], 0
+        return ops.attention(q, k, v, ends_q, ends_k, seqused_k=used, scale=scale)
+    outs, lses, first, sequence = [], [], 0, 0
     for prefix, count in packed.prefixes:
-        own = slice(first, first + count)
-        group_q, group_k = ends_q[first : first + count + 1], ends_k[first : first + count + 1]
+        last = first + (count if parts is None else sum(parts[sequence : sequence + count]))
+        group_q, group_k = ends_q[first : last + 1], ends_k[first : last + 1]
         rows_q, rows_k = (slice(int(ends[0]), int(ends[-1])) for ends in (group_q, group_k))
-        before = [x[0].transpose(0, 1) for x in prefix.fetch(layer)]
-        out, _ = ops.attention(
+        k_prefix, v_prefix = (x[0].transpose(0, 1) for x in prefix.fetch(layer))
+        out, lse = ops.attention(
             q[rows_q],
             k[rows_k],
             v[rows_k],
             group_q - rows_q.start,
             group_k - rows_k.start,
-            seqused_k=None if used is None else used[own],
-            prefix_k=before[0],
-            prefix_v=before[1],
+            seqused_k=None if used is None else used[first:last],
+            prefix_k=k_prefix,
+            prefix_v=v_prefix,
             scale=scale,
         )
         outs.append(out)
-        first += count
-    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None]
-
-
-def _attend_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> OutputAndLSE:
-    """`attention_with_lse` without a mask by the CPU kernel; B is 1."""
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
-    ends = (torch.tensor([0, len(x)], dtype=torch.int32) for x in (q, k))
-    out, lse = ops.attention(q, k, v, *ends, scale=scale, is_causal=False)
-    return out.transpose(0, 1)[None], lse[None]
+        lses.append(lse)
+        first, sequence = last, sequence + count
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses, 1))
 
 
 def _attend_prefix(
@@ -318,8 +339,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
-    choice: who computes it, see `flash.select`; on a CPU, auto is the project's kernel, and sdpa torch's. Branches, and
-    on a GPU decode caches, go through torch's masked kernels in any case. Attention dropout needs padding: auto does
+    choice: who computes it, see `flash.select`; on a CPU, auto is the project's kernel, and sdpa torch's. On a GPU
+    branches and decode caches go through torch's masked kernels in any case. Attention dropout needs padding: auto does
     that, a back end that is named refuses it.
     """
     if packed is None:
@@ -334,12 +355,12 @@ def packed_attention(
     if packed.capture is not None:
         packed.capture.put(layer, key.detach(), value.detach())
     kernel = choice == "auto" and not dropout and _has_kernel(query)
-    if kernel and packed.tree is None:
+    if kernel:
         return _attend_ragged(query, key, value, packed, layer, scaling), None
     own, own_lse = _attend_own(query, key, value, packed, layer, scaling, dropout, backend)
     if packed.prefixes is None:
         return own, None
-    attend = backend.full if backend else _attend_all if kernel else attention_with_lse
+    attend = backend.full if backend else attention_with_lse
     shared, shared_lse = _attend_prefix(query, packed, layer, scaling, attend)
     return merge(shared.transpose(1, 2), shared_lse.transpose(1, 2), own, own_lse), None
 

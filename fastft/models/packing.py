@@ -124,6 +124,35 @@ class DecodeCache:
         self.lengths = self.lengths[rows]
 
 
+class Branching:
+    """Rows of a pack whose sequences are trunks with branches, in the CPU's memory.
+
+    parts: how many a sequence has, the trunk included; cu_parts int32 [P + 1]: where they begin and end.
+    trunk_rows, branch_rows: rows of the sequences that have branches; cu_trunks, cu_branches: where each one's end.
+    """
+
+    def __init__(self, trunks: list[int], branches: list[list[int]]):
+        self.parts = [1 + len(ends) for ends in branches]
+        lengths = [n for trunk, ends in zip(trunks, branches, strict=True) for n in (trunk, *ends)]
+        self.cu_parts = _offsets(lengths)
+        trunk_rows, branch_rows, sizes, start = [], [], [], 0
+        for trunk, ends in zip(trunks, branches, strict=True):
+            middle, stop = start + trunk, start + trunk + sum(ends)
+            if ends:
+                trunk_rows.append(torch.arange(start, middle))
+                branch_rows.append(torch.arange(middle, stop))
+                sizes.append((trunk, sum(ends)))
+            start = stop
+        none = torch.zeros(0, dtype=torch.long)
+        self.trunk_rows, self.branch_rows = (torch.cat(rows) if rows else none for rows in (trunk_rows, branch_rows))
+        self.cu_trunks, self.cu_branches = (_offsets([size[i] for size in sizes]) for i in (0, 1))
+
+
+def _offsets(lengths: list[int]) -> torch.Tensor:
+    """[0, l_0, l_0 + l_1, ...], int32."""
+    return F.pad(torch.tensor(lengths, dtype=torch.long).cumsum(0), (1, 0)).int()
+
+
 class PackedSequences:
     """Where each sequence of a pack lies, and what comes before it.
 
@@ -183,7 +212,9 @@ class PackedSequences:
         self.is_uniform = min(lengths) == self.longest
         positions = column
         self.tree: torch.Tensor | None = None  # [B, 1, L, L]: a query sees what comes before it, but no other branch
+        self.branching: Branching | None = None  # the same by rows
         if branches is not None:
+            self.branching = Branching(trunks, branches)
             parts = [(trunk, *ends) for trunk, ends in zip(trunks, branches, strict=True)]
             first = [0 if i == 0 else trunk for trunk, *ends in parts for i in range(len(ends) + 1)]
             sizes = [n for part in parts for n in part]
