@@ -34,7 +34,9 @@ def test_attention_of_a_pack_is_that_of_its_sequences_alone(tmp_path):
     shape = ["--sequences", "3", "--longest", "17", "--context", "9"]
     rows = run("bench_attention", *shape, json_file=tmp_path / "rows.json")
     pack, prefix = "attention of a pack forward+backward", "attention behind a prefix forward"
-    assert set(rows) == {(pack, "fastft"), (pack, "padded"), (pack, "masked"), (prefix, "fastft"), (prefix, "expanded")}
+    ours = {"fastft", "fastft_sdpa"}  # the project's kernel and torch's; on a GPU others as well
+    assert {impl for case, impl in rows if case == pack} >= ours | {"padded", "masked"}
+    assert {impl for case, impl in rows if case == prefix} >= ours | {"expanded"}
 
 
 def test_a_distillation_step_is_that_of_transformers_and_peft(tmp_path):
