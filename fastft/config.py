@@ -66,8 +66,8 @@ class ModelConfig(Section):
     )
     attention: Literal["auto", "fa3", "fa4", "fa2", "varlen", "sdpa"] = Field(
         "auto",
-        description="attention over packed sequences on a GPU: flash-attn 3, 4 or 2, or torch's own varlen_attn, all "
-        "without padding; or padded through scaled_dot_product_attention; auto: the first that can be used",
+        description="attention over packed sequences: on a GPU flash-attn 3, 4 or 2, or torch's own varlen_attn, all "
+        "without padding; sdpa: padded, through torch's kernels; auto: the first that can be used, on a CPU fastft's",
     )
     prefix: Literal["device", "host", "int8"] = Field(
         "device",

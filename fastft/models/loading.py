@@ -100,7 +100,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model in eval mode with the packed attention of `models.attention`, all weights frozen.
 
-    attention: who computes it on a GPU, see `flash.select`. dropout: keep the model's own for training.
+    attention: who computes it, see `attention.packed_attention`. dropout: keep the model's own for training.
     """
     torch_dtype = getattr(torch, dtype)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
