@@ -130,10 +130,12 @@ class Counts:
     head: int  # [V, H] of the head
     layers: int
     hidden: int
+    head_size: int  # D
     query_width: int  # H heads of D
     kv_width: int  # G heads of D
     positions: int | None
     trained: int
+    added: int  # parameters that the base does not have
     trained_sizes: tuple[int, ...]
     trained_linear: int  # of `linear`, weights that get a gradient
     adapter: int  # weights of adapters that every token is multiplied by
@@ -171,10 +173,12 @@ def count(model_config: PretrainedConfig, config: Config, num_labels: int | None
         head=head,
         layers=len(layer_sizes),
         hidden=text.hidden_size,
+        head_size=head_dim,
         query_width=heads * head_dim,
         kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
         positions=loading.max_positions(model),
         trained=sum(p.numel() for p in trained.values()),
+        added=sum(p.numel() for p in trained.values() if id(p) not in {id(p) for p in parameters.values()}),
         trained_sizes=tuple(p.numel() for p in trained.values()),
         trained_linear=sum(linear.get(id(p), 0) for p in trained.values()),
         adapter=sum(p.numel() for p in trained.values() if p.dim() == 2 and id(p) not in {*linear, *embeddings}),

@@ -1,0 +1,247 @@
+"""Bytes of each phase of a run on one rank, by part: what the device holds, and what the host holds for it.
+
+The phases are not alive together, so a run needs the largest of them. Tensors of the model's own passes come from a
+trace (`trace`), all others are counted here: what the engine keeps for the trained parameters (N of them, w ranks), a
+context's keys and values, buffers of the collectives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fastft.config import Config
+from fastft.ops.frozen_weight import TILE_BYTES
+from fastft.plan.architecture import ITEMSIZE, Counts
+from fastft.plan.hardware import MIB, Device
+from fastft.plan.trace import ACTIVATIONS, LIVE, LOGITS, Pass, Tracer
+from fastft.plan.workload import Ask, Workload
+
+# Parts, in the order in which they are shown: key -> title.
+PARTS = {
+    "base": "base weights",
+    "scales": "scales of quantised weights",
+    "adapters": "adapters, BitFit's copies",
+    "gradients": "gradients",
+    "optimizer": "optimizer: master, m, v",
+    "activations": "activations kept for backward",
+    "live_layer": "live layer",
+    "dequantised": "dequantised weights",
+    "logits": "logits chunk",
+    "prefix": "prefix keys and values",
+    "decode_cache": "decode cache",
+    "communication": "gathered weights, buckets",
+    "runtime": "runtime",
+    "fragmentation": "fragmentation",
+}
+# Python, torch, transformers, DeepSpeed and their libraries; on a GPU its context and cuBLAS' workspace.
+RUNTIME = {"cpu": 700 * MIB, "gpu": 480 * MIB}
+# Of what comes and goes, what an allocator cannot use again: caching blocks of 2 MiB and cut ones.
+FRAGMENTATION = 0.08
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes by part at the phase's highest moment, on the device and on the host (one rank's share)."""
+
+    name: str
+    device: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+
+class Memory:
+    """The phases of a run."""
+
+    def __init__(self, config: Config, counts: Counts, tracer: Tracer, workload: Workload, device: Device, ranks: int):
+        self.config, self.counts, self.tracer, self.workload = config, counts, tracer, workload
+        self.device, self.ranks = device, ranks
+        self.itemsize = ITEMSIZE[config.model.dtype]
+
+    def phases(self) -> list[Phase]:
+        found = [self._frozen("teach and evaluate", trained=False)]
+        if self.config.method != "icl":
+            found += [self._train(), self._frozen("evaluate", trained=True)]
+        return [p for p in found if p]
+
+    def _finish(self, name: str, device: Counter[str], host: Counter[str]) -> Phase:
+        moving = ("activations", "live_layer", "logits", "prefix", "decode_cache", "communication", "dequantised")
+        kind = "cpu" if self.device.is_cpu else "gpu"
+        if self.device.is_cpu:
+            device, host = device + host, Counter()
+        else:
+            host["runtime"] = RUNTIME["cpu"]
+            device["fragmentation"] = int(FRAGMENTATION * sum(device[part] for part in moving))
+        device["runtime"] = RUNTIME[kind]
+        ordered = {part: device[part] for part in PARTS if device[part]}
+        return Phase(name, ordered, {part: host[part] for part in PARTS if host[part]})
+
+    def _base(self, *, trained: bool) -> tuple[Counter[str], Counter[str]]:
+        """The base's weights. Before there is a trainer every rank holds them whole; then ZeRO-3 deals them out."""
+        c, d = self.counts, self.config.deepspeed
+        partitioned = trained and d.zero_stage == 3 and self.ranks > 1
+        device, host = Counter(), Counter()
+        weights, scales = base_bytes(c, self.config)
+        share = weights
+        if partitioned:
+            whole = c.small * self.itemsize
+            share = whole + (weights - whole) // self.ranks
+            gathered = min(c.parameters - c.small, LIVE_PARAMETERS) * weights // c.parameters
+            device["communication"] += gathered
+        target = host if trained and d.offload_param == "cpu" else device
+        target["base"] += share
+        if trained and d.offload_param == "cpu" and not partitioned:
+            device["communication"] += min(c.parameters, LIVE_PARAMETERS) * weights // c.parameters
+        device["scales"] += scales
+        if scales:
+            device["dequantised"] += TILE_BYTES["cpu" if self.device.is_cpu else "cuda"]
+        return device, host
+
+    def _trained(self) -> tuple[Counter[str], Counter[str], int]:
+        """What the trained parameters cost between steps, and the bytes that an optimizer step takes besides."""
+        c, d, b = self.counts, self.config.deepspeed, self.itemsize
+        n, share = c.trained, -(-c.trained // (self.ranks if d.zero_stage else 1))
+        device, host = Counter(), Counter()
+        held = host if d.offload_optimizer == "cpu" else device
+        device["adapters"] += c.bias_copies * b
+        device["adapters"] += c.added * b // (self.ranks if d.zero_stage == 3 else 1)
+        has_master = d.zero_stage > 0 or b == 2
+        held["optimizer"] += (4 * share if has_master else 0) + optimizer_state_bytes(self.config, c, share)
+        if d.zero_stage == 0:
+            device["gradients"] += n * b
+        elif d.zero_stage == 1:
+            device["gradients"] += n * b
+        else:
+            held["gradients"] += share * b
+        if d.zero_stage:
+            device["communication"] += min(n, BUCKET) * b
+        return device, host, 4 * share if has_master else 0
+
+    def _train(self) -> Phase:
+        device, host = self._base(trained=True)
+        own, own_host, step = self._trained()
+        lengths, rows = self.workload.micro_batch(self.config, self.ranks)
+        trace = self.tracer.peak(
+            Pass(lengths, rows, trains=True, loss=self._loss(), checkpointing=checkpointing(self.config) == "full")
+        )
+        if sum(trace.values()) >= step:
+            device += Counter(
+                activations=trace.get(ACTIVATIONS, 0), live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0)
+            )
+        else:  # gradients in float32 for the optimizer's step, when the activations are gone
+            device["gradients"] += step
+        if self.config.method == "distill" and self.config.distill.teacher == "online":
+            device["prefix"] += min(
+                int(self.config.distill.context_cache_gib * 2**30), self._prefix_bytes(sum(self.workload.contexts))
+            )
+        return self._finish("train", device + own, host + own_host)
+
+    def _loss(self) -> str:
+        if self.config.method != "distill":
+            return "ce"
+        return "kl" if self.config.distill.targets == "hidden" else "ce"
+
+    def _frozen(self, name: str, *, trained: bool) -> Phase | None:
+        """The largest moment of forwards without a gradient: contexts, teaching, questions with and without them."""
+        device, host = self._base(trained=trained)
+        if trained:
+            own, own_host, _ = self._trained()
+            device, host = device + own, host + own_host
+        moments = [self._ask(ask, in_context=not trained) for ask in self.workload.asked]
+        if not trained:
+            w, e = self.workload, self.config.evaluate
+            moments += [self._encode(max(w.contexts))] if w.contexts else []
+            if self.config.method == "distill" and w.sequences:
+                longest = tuple(sorted(w.sequences)[-e.batch_size :])
+                moments.append(self._ask(Ask(max(w.contexts, default=0), longest), in_context=True, loss="none"))
+        if not moments:
+            return None
+        moment = max(moments, key=lambda m: m.total())
+        if self.config.model.prefix == "host" and not self.device.is_cpu:
+            host["prefix"] += moment["prefix"]
+            moment["prefix"] = 2 * moment["prefix"] // self.counts.layers  # the layer at work and the next
+        return self._finish(name, device + moment, host)
+
+    def _encode(self, tokens: int) -> Counter[str]:
+        trace = self.tracer.peak(Pass((tokens,), 0, capture=True))
+        prefix = 2 * self.counts.layers * self.counts.kv_width * self.itemsize * tokens
+        return Counter(prefix=self._prefix_bytes(tokens), live_layer=sum(trace.values()) - prefix)
+
+    def _ask(self, ask: Ask, *, in_context: bool, loss: str = "ce") -> Counter[str]:
+        trace = self.tracer.peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
+        found = Counter(live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0))
+        if in_context:
+            found["prefix"] = self._prefix_bytes(ask.context)
+        if ask.new:
+            width = 2 * self.counts.kv_width * self.itemsize
+            found["decode_cache"] = ask.cache_tokens * width * self.counts.layers
+            vocabulary = self.counts.head // self.counts.hidden
+            found["logits"] = len(ask.lengths) * vocabulary * (self.itemsize + 4)
+        return found
+
+    def _prefix_bytes(self, tokens: int) -> int:
+        """Keys and values of a context; as int8 with a float32 scale for each vector of a head."""
+        c = self.counts
+        numbers = 2 * c.layers * c.kv_width * tokens
+        if self.config.model.prefix == "int8":
+            return numbers + 4 * numbers // c.head_size
+        return numbers * self.itemsize
+
+    def teacher_store(self) -> int:
+        """Bytes on disk of the teacher's targets."""
+        d, positions = self.config.distill, sum(self.workload.targets)
+        if self.config.method != "distill" or d.teacher != "stored":
+            return 0
+        return positions * (self.counts.hidden * self.itemsize if d.targets == "hidden" else d.top_k * 8)
+
+
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many may be gathered at a time
+BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
+
+
+def quantization(config: Config) -> str:
+    return getattr(config.model, "quantization", "none")
+
+
+def checkpointing(config: Config) -> str:
+    return getattr(config.train, "activation_checkpointing", "none")
+
+
+def base_bytes(counts: Counts, config: Config) -> tuple[int, int]:
+    """(weights, scales): linears of the decoder layers in the base's quantisation, all else in model.dtype.
+
+    nf4 with double quantisation: 4 bits a weight, one 8-bit absmax for 64 weights, one float32 for 256 of those
+    (Dettmers et al. 2023, arXiv 2305.14314). int8: a byte a weight and a float32 a row.
+    """
+    itemsize, kind, linear = ITEMSIZE[config.model.dtype], quantization(config), counts.quantisable
+    rest = (counts.parameters - linear) * itemsize
+    if kind == "nf4":
+        return rest + linear // 2, linear // 64 + 4 * linear // (64 * 256)
+    if kind == "int8":
+        return rest + linear, 4 * counts.quantisable_rows
+    return rest + linear * itemsize, 0
+
+
+def optimizer_kind(config: Config) -> str:
+    kind, peft = config.train.optimizer, config.peft
+    if kind != "auto":
+        return kind
+    return "bias_adamw" if peft.kind == "bitfit" and not peft.train_embeddings else "adamw"
+
+
+def optimizer_state_bytes(config: Config, counts: Counts, share: int) -> int:
+    """m and v: float32, or 8-bit codes with a float32 scale for 256 of them."""
+    kind = optimizer_kind(config)
+    if not kind.endswith("_8bit"):
+        return 8 * share
+    eight_bit = share
+    if kind == "adamw_8bit" and config.deepspeed.zero_stage == 0:  # bitsandbytes leaves small tensors in float32
+        eight_bit = sum(n for n in counts.trained_sizes if n >= 4096)
+    return int(eight_bit * (2 + 2 * 4 / 256)) + 8 * (share - eight_bit)
