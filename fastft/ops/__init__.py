@@ -13,7 +13,7 @@ from fastft.ops import linear_topk_kl as _linear_topk_kl
 from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops import lora_linear as _lora_linear
 from fastft.ops._extension import available, build_info, cpu_capability
-from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit
+from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit, frozen_linear
 from fastft.ops.index_check import raise_deferred_errors
 
 # Modules and functions share their names; the functions are what this package exports.
@@ -49,6 +49,7 @@ __all__ = [
     "bias_adamw",
     "build_info",
     "cpu_capability",
+    "frozen_linear",
     "linear_cross_entropy",
     "linear_log_softmax_kl",
     "linear_topk_kl",

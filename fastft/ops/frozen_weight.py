@@ -163,6 +163,40 @@ def add_input_grad(dx: Tensor | None, dy: Tensor, weight: Tensor | FrozenWeight)
     return dy.new_zeros(dy.shape[0], weight.shape[1]) if dx is None else dx
 
 
+def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias with a weight that takes no gradient; keeps nothing of x for backward.
+
+    x [..., K], weight [N, K], bias [N] or None -> [..., N]; one dtype (float64, float32, bfloat16, float16) and device.
+    Backward: dx = dy @ weight, d_bias = sum(dy), each only where it is asked for.
+    Raises ValueError for shapes that do not fit. Under autocast x and bias are first cast, as by F.linear.
+    """
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"frozen_linear: x is {list(x.shape)}, expected [..., {K}] like weight {[N, K]}")
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"frozen_linear: bias is {list(bias.shape)}, expected [{N}]")
+    if not isinstance(weight, FrozenWeight):
+        return torch.nn.functional.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return _FrozenLinear.apply(x, weight, bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = add_input_grad(None, rows, ctx.weight) if ctx.needs_input_grad[0] else None
+        d_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), None, d_bias
+
+
 def register() -> None:
     library = torch.library
     for op in ("dequantise_4bit", "dequantise_8bit"):

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.errors import ModelError
-from fastft.ops import frozen_weight, lora_linear, lora_linears
+from fastft.models.quantized import QuantizedLinear
+from fastft.ops import frozen_linear, lora_linear, lora_linears
 from fastft.peft.switch import adapter_is_off
 
 # Siblings that models call one after the other with the same input.
@@ -29,6 +30,8 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, r: int, lora_alpha: float):
         super().__init__()
+        if isinstance(base, QuantizedLinear):
+            self.packed = base.packed
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=base.weight.dtype))
@@ -39,8 +42,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if adapter_is_off():
-            rows = x.reshape(-1, self.in_features)
-            return frozen_weight.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+            return frozen_linear(x, self.weight, self.bias)
         if self.shared_input is not None:
             return self.shared_input.output(self, x)
         return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias)
@@ -67,7 +69,7 @@ class BottleneckLinear(LoraLinear):
         self.lora_B_bias = nn.Parameter(torch.zeros(base.out_features, dtype=base.weight.dtype)) if biases else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.linear(x, self.weight, self.bias)
+        out = frozen_linear(x, self.weight, self.bias)
         if adapter_is_off():
             return out
         bottleneck = self.activation(F.linear(x, self.lora_A, self.lora_A_bias))

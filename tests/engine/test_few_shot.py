@@ -93,7 +93,7 @@ def test_the_context_scores_as_in_context_learning_does(few_shot_config, launch,
 def test_inputs_are_not_the_demonstrations(few_shot_config):
     config = validate(few_shot_config(distill={"examples": None}))
     few_shot = Demonstrations.load(config)
-    prepared = few_shot.prepare(load_base(config, Ranks()), Ranks(), Reporter(enabled=False))
+    prepared = few_shot.prepare(load_base(config, Ranks(), Reporter(enabled=False)), Ranks(), Reporter(enabled=False))
     distinct = {tuple(sorted(e.fields.items())) for e in few_shot.shots}
     rest = [e for e in few_shot.train if tuple(sorted(e.fields.items())) not in distinct]
     assert len(prepared.sequences) == len(rest) < len(few_shot.train)

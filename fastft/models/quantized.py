@@ -1,0 +1,180 @@
+"""Linear layers whose frozen weight is nf4 or int8.
+
+All parts of a quantised weight lie in one flat uint8 parameter: ZeRO-3 partitions and gathers it in one piece, a file
+holds it under one name, and no cast of a module to another dtype touches its scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastft.ops import FrozenWeight, Weight4bit, Weight8bit, frozen_linear
+
+KINDS = ("nf4", "int8")
+BLOCK, ABSMAX_BLOCK = 64, 256  # weights with one scale; scales with one scale of theirs
+ALIGNMENT = 16  # bytes
+CHUNK_ELEMENTS = 2**24  # a weight is quantised so much at a time: bitsandbytes takes 20 bytes an element meanwhile
+
+
+class Packing:
+    """Where the parts of a quantised weight [N, K] lie in a flat uint8 tensor of `nbytes`.
+
+    nf4   code float32 [16], absmax_code float32 [256], absmax_offset float32 [1], absmax_scale float32
+          [ceil(blocks / 256)], absmax uint8 [blocks], packed uint8 [ceil(N K / 2)], with blocks = ceil(N K / 64):
+          bitsandbytes' nf4 with double quantisation, 0.516 bytes a weight
+    int8  scale float32 [N], values int8 [N, K]: one scale a row
+    """
+
+    def __init__(self, kind: str, shape: tuple[int, int]):
+        N, K = self.shape = shape
+        self.kind = kind
+        blocks = math.ceil(N * K / BLOCK)
+        if kind == "nf4":
+            parts = {
+                "code": (torch.float32, 16),
+                "absmax_code": (torch.float32, 256),
+                "absmax_offset": (torch.float32, 1),
+                "absmax_scale": (torch.float32, math.ceil(blocks / ABSMAX_BLOCK)),
+                "absmax": (torch.uint8, blocks),
+                "packed": (torch.uint8, math.ceil(N * K / 2)),
+            }
+        elif kind == "int8":
+            parts = {"scale": (torch.float32, N), "values": (torch.int8, N * K)}
+        else:
+            raise ValueError(f"Packing: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        self.parts: dict[str, tuple[torch.dtype, slice]] = {}
+        end = 0
+        for name, (dtype, count) in parts.items():
+            begin = math.ceil(end / ALIGNMENT) * ALIGNMENT
+            end = begin + count * dtype.itemsize
+            self.parts[name] = dtype, slice(begin, end)
+        self.nbytes = end
+
+    def views(self, storage: Tensor) -> dict[str, Tensor]:
+        """The parts, in the memory of `storage` uint8 [nbytes]."""
+        return {name: storage[where].view(dtype) for name, (dtype, where) in self.parts.items()}
+
+
+class QuantizedWeight(FrozenWeight):
+    """What `lora_linear` and `frozen_linear` take for a weight, on a parameter that ZeRO-3 may gather and release.
+
+    The parts are looked up in the parameter at every use: a view kept for backward would keep what was gathered alive.
+    dtype: of the products, and of what is trained beside the weight.
+    """
+
+    def __init__(self, storage: nn.Parameter, packing: Packing, dtype: torch.dtype):
+        self.storage, self.packing, self.shape, self.dtype = storage, packing, packing.shape, dtype
+        # Read once, where the weight is loaded: on a GPU each look would wait for the device.
+        is_nf4 = packing.kind == "nf4" and storage.device.type != "meta"
+        self.absmax_offset = float(packing.views(storage)["absmax_offset"]) if is_nf4 else 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    def numel(self) -> int:
+        """Zero while ZeRO-3 has released the parameter, N K otherwise."""
+        return math.prod(self.shape) if self.storage.numel() else 0
+
+    def _unpacked(self) -> FrozenWeight:
+        parts = self.packing.views(self.storage.detach())
+        if self.packing.kind == "int8":
+            return Weight8bit(parts["values"].view(self.shape), parts["scale"])
+        double = {name: parts[name] for name in ("absmax_code", "absmax_scale")}
+        return Weight4bit(
+            self.shape,
+            parts["packed"],
+            parts["code"],
+            parts["absmax"],
+            BLOCK,
+            absmax_offset=self.absmax_offset,
+            absmax_block=ABSMAX_BLOCK,
+            **double,
+        )
+
+    def dequantise(self, begin: int, end: int, out: Tensor) -> None:
+        self._unpacked().dequantise(begin, end, out)
+
+    def tiles(self, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        return self._unpacked().tiles(like)
+
+
+class QuantizedLinear(nn.Linear):
+    """x @ weight.T + bias with a frozen quantised weight; the bias is as any other and may be trained.
+
+    storage: uint8, as `quantize` makes it. Its name in the module is `packed`; `weight` is no parameter.
+    Keeps nothing of x for backward.
+    """
+
+    def __init__(self, storage: Tensor, shape: tuple[int, int], kind: str, bias: Tensor | None, dtype: torch.dtype):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        self.packed = nn.Parameter(storage, requires_grad=False)
+        self.weight = QuantizedWeight(self.packed, Packing(kind, shape), dtype)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.weight.packing.kind}"
+
+
+def quantize(weight: Tensor, kind: str) -> Tensor:
+    """weight [N, K] (float32, bfloat16 or float16) -> uint8 [Packing(kind, [N, K]).nbytes].
+
+    nf4: codes and twice quantised scales are bit for bit those of bitsandbytes with compress_statistics.
+    int8: values = round(weight / scale), scale = max|row| / 127.
+    Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314; 2022 (LLM.int8()), https://arxiv.org/abs/2208.07339.
+    """
+    packing = Packing(kind, tuple(weight.shape))
+    storage = torch.zeros(packing.nbytes, dtype=torch.uint8, device=weight.device)
+    (_quantize_4bit if kind == "nf4" else _quantize_8bit)(weight, packing.views(storage))
+    return storage
+
+
+def _quantize_4bit(weight: Tensor, parts: dict[str, Tensor]) -> None:
+    from bitsandbytes import functional  # slow to import
+
+    absmax = []
+    for i, chunk in enumerate(weight.reshape(-1).split(CHUNK_ELEMENTS)):
+        packed, state = functional.quantize_4bit(chunk, blocksize=BLOCK, quant_type="nf4")
+        begin = i * CHUNK_ELEMENTS // 2
+        parts["packed"][begin : begin + packed.numel()] = packed.flatten()
+        absmax.append(state.absmax)
+    parts["code"].copy_(state.code)
+    absmax = torch.cat(absmax)
+    offset = absmax.mean()
+    codes, state = functional.quantize_blockwise(absmax - offset, blocksize=ABSMAX_BLOCK)
+    parts["absmax"].copy_(codes)
+    parts["absmax_code"].copy_(state.code)
+    parts["absmax_scale"].copy_(state.absmax)
+    parts["absmax_offset"].fill_(offset)
+
+
+def _quantize_8bit(weight: Tensor, parts: dict[str, Tensor]) -> None:
+    values = parts["values"].view(weight.shape)
+    rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    for begin in range(0, weight.shape[0], rows):
+        chunk = weight[begin : begin + rows].float()
+        scale = chunk.abs().amax(1) / 127
+        parts["scale"][begin : begin + rows] = scale
+        values[begin : begin + rows] = torch.round(chunk / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None])
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(m, QuantizedLinear) for m in model.modules())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights of the model, each quantised one counted once, whatever it is held in."""
+    packed = {
+        m.weight.storage: math.prod(m.weight.shape)
+        for m in model.modules()
+        if isinstance(getattr(m, "weight", None), QuantizedWeight)
+    }
+    return sum(packed.get(p, p.numel()) for p in model.parameters())
