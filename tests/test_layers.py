@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "ops"},
     {"tasks", "models", "data", "peft", "optim"},
     {"methods"},
-    {"report"},
+    {"report", "plan"},
     {"engine", "doctor", "sweep"},
     {"cli"},
     {"train"},

@@ -21,6 +21,7 @@ from fastft.engine.icl import evaluate_in_context
 from fastft.engine.labelled import Labelled
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
+from fastft.engine.planned import compare_with_plan
 from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.stop import StopRequest
 from fastft.engine.summaries import SummaryDemonstrations, SummaryLabelled
@@ -143,6 +144,7 @@ def run(config: Config) -> dict[str, Any]:
         summary["seconds"] = {k: round(v, 3) for k, v in clock.seconds.items()}
         summary["peak_memory_bytes"] = peak_memory_bytes()
         summary["trained_parameters"] = number
+        summary["plan"] = compare_with_plan(config, base, prepared, summary, ranks, num_labels, out)
         source.report(output_dir, summary, after, out)
         write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
         if tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Training:
     def __post_init__(self):
         self.sampled: dict[int, Sequence] = {}  # on-policy: what the student wrote for this step, by example
         self.last_line = 0
+        self.step_seconds: list[float] = []
 
     def run(self, checkpoint: Path | None) -> dict[str, Any]:
         """Take the steps, from a checkpoint on or all; figures of the whole: steps, last loss, where it resumed from.
@@ -69,6 +71,7 @@ class Training:
                     micro_batches = self._sample(number, micro_batches)
                 result = self._step(number, micro_batches)
                 loss, seconds = result.loss, time.monotonic() - begin
+                self.step_seconds.append(seconds)
                 tokens_per_s = micro_batches[0].total_targets / seconds
                 metrics.write(
                     step=number,
@@ -94,7 +97,12 @@ class Training:
                             "command with resume=auto",
                             self.stop.signum or signal.SIGTERM,
                         )
-        return {"steps": t.steps, "loss": loss, "resumed_from": first}
+        return {
+            "steps": t.steps,
+            "loss": loss,
+            "resumed_from": first,
+            "step_time_s": statistics.median(self.step_seconds) if self.step_seconds else None,
+        }
 
     def _plan(self) -> Iterator[list[Batch]]:
         t = self.config.train

@@ -93,6 +93,12 @@ def this_device(dtype: str) -> Device | None:
     return replace(fitting[0], memory=memory) if fitting else None
 
 
+def unknown_gpu() -> Device:
+    """This machine's GPU, of which the table knows no rates: bytes can be planned for it, seconds cannot."""
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Device("gpu", torch.cuda.get_device_name(), memory, *(float("nan"),) * 4)
+
+
 def _words(title: str) -> set[str]:
     """What tells cards apart in a title, however it is spelled."""
     ignored = {"nvidia", "geforce", "gb", "sxm", "40", "80", "hbm3"}

@@ -8,7 +8,7 @@ context's keys and values, buffers of the collectives.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastft.config import Config
 from fastft.ops.frozen_weight import TILE_BYTES
@@ -129,7 +129,7 @@ class Memory:
         own, own_host, step = self._trained()
         lengths, rows = self.workload.micro_batch(self.config, self.ranks)
         trace = self.tracer.peak(
-            Pass(lengths, rows, trains=True, loss=self._loss(), checkpointing=checkpointing(self.config) == "full")
+            Pass(lengths, rows, trains=True, loss=self._loss(), recomputed=recomputed_layers(self.config, self.counts))
         )
         if sum(trace.values()) >= step:
             device += Counter(
@@ -175,6 +175,8 @@ class Memory:
         return Counter(prefix=self._prefix_bytes(tokens), live_layer=sum(trace.values()) - prefix)
 
     def _ask(self, ask: Ask, *, in_context: bool, loss: str = "ce") -> Counter[str]:
+        size = self.config.evaluate.batch_size
+        ask = replace(ask, lengths=tuple(sorted(ask.lengths)[-size:]))  # where the planner tries a smaller batch
         trace = self.tracer.peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
         found = Counter(live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0))
         if in_context:
@@ -206,12 +208,10 @@ LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many may b
 BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
 
 
-def quantization(config: Config) -> str:
-    return getattr(config.model, "quantization", "none")
-
-
-def checkpointing(config: Config) -> str:
-    return getattr(config.train, "activation_checkpointing", "none")
+def recomputed_layers(config: Config, counts: Counts) -> int:
+    """Decoder layers that are computed again in backward."""
+    count = config.train.activation_checkpointing
+    return {"none": 0, "full": counts.layers}.get(count) if isinstance(count, str) else min(count, counts.layers)
 
 
 def base_bytes(counts: Counts, config: Config) -> tuple[int, int]:
@@ -220,7 +220,7 @@ def base_bytes(counts: Counts, config: Config) -> tuple[int, int]:
     nf4 with double quantisation: 4 bits a weight, one 8-bit absmax for 64 weights, one float32 for 256 of those
     (Dettmers et al. 2023, arXiv 2305.14314). int8: a byte a weight and a float32 a row.
     """
-    itemsize, kind, linear = ITEMSIZE[config.model.dtype], quantization(config), counts.quantisable
+    itemsize, kind, linear = ITEMSIZE[config.model.dtype], config.model.quantization, counts.quantisable
     rest = (counts.parameters - linear) * itemsize
     if kind == "nf4":
         return rest + linear // 2, linear // 64 + 4 * linear // (64 * 256)

@@ -141,19 +141,18 @@ class Planner:
 
         def axis(key: str, *values: Any) -> None:
             section, _, name = key.partition(".")
-            fields = type(getattr(c, section)).model_fields
-            if name in fields:  # a value that is there already is no change
-                now = getattr(getattr(c, section), name)
-                axes.append([{}, *({key: value} for value in values if value != now)])
+            now = getattr(getattr(c, section), name)  # a value that is there already is no change
+            axes.append([{}, *({key: value} for value in values if value != now)])
 
         axis("evaluate.batch_size", *_halves(c.evaluate.batch_size))
         if trains:
             axis("train.micro_batches", *_doubles(c.train.micro_batches, -(-c.train.batch_size // self.ranks)))
-            axis("train.activation_checkpointing", *(["full"] if c.peft.kind != "head" else []))
+            layers = self.counts.layers
+            axis("train.activation_checkpointing", *([layers // 2] if layers > 1 else []), "full")
             if optimizer_kind(c) == "adamw":
                 axis("train.optimizer", "adamw_8bit")
         if c.peft.kind != "full":
-            axis("model.quantization", *{"none": ("int8", "nf4"), "int8": ("nf4",)}.get(_quantization(c), ()))
+            axis("model.quantization", *{"none": ("int8", "nf4"), "int8": ("nf4",)}.get(c.model.quantization, ()))
         if self.workload.contexts:
             axis("model.prefix", *(("int8",) if self.device.is_cpu else ("int8", "host")))
         if not self.device.is_cpu:
@@ -187,16 +186,13 @@ class Planner:
         return None if best is None else best[1:]
 
 
-def _quantization(config: Config) -> str:
-    return getattr(config.model, "quantization", "none")
-
-
 def _halves(size: int) -> list[int]:
-    return [n for n in (32, 16, 8, 4, 2, 1) if n < size]
+    return [n for n in (16, 4, 1) if n < size]
 
 
 def _doubles(now: int, most: int) -> list[int]:
-    return [n for n in (now * 2**i for i in range(1, 12)) if n < 2 * most][: most.bit_length()]
+    """Twice and four times as many, and as many as there are."""
+    return sorted({n for n in (2 * now, 4 * now, most) if now < n <= most})
 
 
 def apply(config: Config, change: dict[str, Any]) -> Config:

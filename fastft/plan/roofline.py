@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from fastft.config import Config
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import Device
-from fastft.plan.memory import base_bytes, checkpointing, optimizer_kind, quantization
+from fastft.plan.memory import base_bytes, optimizer_kind, recomputed_layers
 from fastft.plan.workload import Workload
 
 STEP_PARTS = {
@@ -76,12 +76,12 @@ class Roofline:
         backward = self.linear_flops(tokens) + 2.5 * self.attention_flops(pairs) + 2 * adapter
         backward += 2.0 * c.trained_linear * tokens
         online = self.config.method == "distill" and self.config.distill.teacher == "online"
-        recomputes = checkpointing(self.config) == "full"
-        passes = 2 + recomputes
+        again = recomputed_layers(self.config, c) / c.layers  # share of the layers
+        passes = 2 + again
         products = 3 if self.config.method == "distill" and self.config.distill.targets == "hidden" else 2
         found = {
             "student_forward": self._bound(forward, t.micro_batches),
-            "recompute": self._bound(forward, t.micro_batches) if recomputes else 0.0,
+            "recompute": again * self._bound(forward, t.micro_batches),
             "backward": self._bound(backward, t.micro_batches),
             "head_and_loss": self._seconds(products * self.head_flops(rows), products * c.head * self.itemsize),
             "dequantise": self._dequantise(passes * t.micro_batches),
@@ -120,9 +120,9 @@ class Roofline:
         """A forward or backward that reads all linears once for each of its passes."""
         return self._seconds(flops, passes * self.counts.linear * self.itemsize)
 
-    def _dequantise(self, passes: int) -> float:
+    def _dequantise(self, passes: float) -> float:
         """Read the codes, write the weights in model.dtype; the product's own read is in `_bound`."""
-        kind, linear = quantization(self.config), self.counts.quantisable
+        kind, linear = self.config.model.quantization, self.counts.quantisable
         if kind == "none":
             return 0.0
         codes = linear * (1 if kind == "int8" else 0.5 + 1 / 64)
@@ -139,7 +139,7 @@ class Roofline:
         state = 2 * 2 if optimizer_kind(self.config).endswith("_8bit") else 2 * 8
         return share * (state + 2 * 4 + 2 * self.itemsize) / self.device.bandwidth
 
-    def _link(self, passes: int) -> float:
+    def _link(self, passes: float) -> float:
         """Weights that live on the host cross once a pass, gradients and new parameters once a step."""
         d = self.config.deepspeed
         if self.device.is_cpu:
@@ -149,7 +149,7 @@ class Roofline:
             nbytes += 2 * self.counts.trained / self.ranks * self.itemsize
         return nbytes / self.device.link
 
-    def _communication(self, passes: int) -> float:
+    def _communication(self, passes: float) -> float:
         """ZeRO-3 receives what the other ranks hold of the weights for each pass; gradients are reduced once a step."""
         others = (self.ranks - 1) / self.ranks
         nbytes = 2 * others * self.counts.trained * self.itemsize

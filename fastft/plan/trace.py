@@ -11,19 +11,19 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from fastft.config import PeftConfig
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
+from fastft.models.recompute import checkpoint_layers
 from fastft.ops import linear_cross_entropy, linear_log_softmax_kl
 from fastft.ops._common import chunk_size
 from fastft.plan import architecture
@@ -36,7 +36,8 @@ class Pass:
     """One forward over a pack, and its backward where something is trained.
 
     lengths: tokens of the sequences in the pack. targets: rows that go through the head. capture: the pack is a context
-    whose keys and values are kept. loss: "kl" against the teacher's hidden states, "ce", or "none".
+    whose keys and values are kept. loss: "kl" against the teacher's hidden states, "ce", or "none". recomputed: how many
+    decoder layers keep their input alone (train.activation_checkpointing).
     """
 
     lengths: tuple[int, ...]
@@ -44,7 +45,7 @@ class Pass:
     trains: bool = False
     capture: bool = False
     loss: str = "none"
-    checkpointing: bool = False
+    recomputed: int = 0
 
 
 class Tracker(TorchDispatchMode):
@@ -125,6 +126,11 @@ class Tracer:
         return dict(self._found(job))
 
     def _trace(self, job: Pass) -> Counter[str]:
+        if 0 < job.recomputed < self.layers:  # some of the layers: what is kept lies in between, and both kinds live
+            none, all_layers = (self._found(replace(job, recomputed=n)) for n in (0, self.layers))
+            share = job.recomputed / self.layers
+            kept = int((1 - share) * none[ACTIVATIONS] + share * all_layers[ACTIVATIONS])
+            return Counter({**(none | all_layers), ACTIVATIONS: kept})
         if self.layers <= 3:
             return self._run(job, self.layers)
         two, three = self._run(job, 2), self._run(job, 3)
@@ -142,6 +148,8 @@ class Tracer:
             lm = PackedCausalLM(model)
             ids = torch.zeros(1, sum(job.lengths), dtype=torch.long)
             tracker = Tracker([*model.parameters(), *model.buffers(), ids])
+            if job.recomputed:
+                checkpoint_layers(lm)
             for layer in lm.layers:
                 layer.forward = functools.partial(_layer_forward, layer.forward, tracker=tracker, job=job)
             with tracker, torch.set_grad_enabled(job.trains):
@@ -155,8 +163,6 @@ class Tracer:
 def _layer_forward(forward: Callable, *args, tracker: Tracker, job: Pass, **kwargs):
     """A decoder layer; what it makes and what lives on is kept for backward. Recomputed, it is not kept."""
     tracker.category = ACTIVATIONS if job.trains else LIVE
-    if job.trains and job.checkpointing:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -56,15 +57,22 @@ class Workload:
 
     def micro_batch(self, config: Config, world_size: int) -> tuple[tuple[int, ...], int]:
         """Lengths of the micro-batch with the most tokens that a rank runs, and its target rows."""
-        largest: tuple[int, ...] = ()
-        rows = 0
-        for rank in range(world_size):
-            for step in _steps(self.targets, config, rank, world_size):
-                for batch in step:
-                    lengths = tuple(self.sequences[i] for i in batch.examples)
-                    if sum(lengths) > sum(largest):
-                        largest, rows = lengths, sum(self.targets[i] for i in batch.examples)
-        return largest, rows
+        t = config.train
+        return self._micro_batch(min(t.steps, 1000), t.batch_size, t.micro_batches, world_size, config.seed)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (a planner asks for few, many times)
+    def _micro_batch(
+        self, steps: int, batch_size: int, micro_batches: int, world_size: int, seed: int
+    ) -> tuple[tuple[int, ...], int]:
+        options = {"steps": steps, "batch_size": batch_size, "micro_batches": micro_batches, "seed": seed}
+        found = (
+            batch.examples
+            for rank in range(world_size)
+            for step in batches(list(self.targets), rank=rank, world_size=world_size, **options)
+            for batch in step
+        )
+        largest = max(found, key=lambda examples: sum(self.sequences[i] for i in examples))
+        return tuple(self.sequences[i] for i in largest), sum(self.targets[i] for i in largest)
 
     def mean_step(self, config: Config) -> tuple[float, float, float]:
         """Tokens, target rows and sum of squared lengths of an average optimizer step over all ranks."""
@@ -74,19 +82,6 @@ class Workload:
             size * sum(self.targets) / n,
             size * sum(length**2 for length in self.sequences) / n,
         )
-
-
-def _steps(targets: tuple[int, ...], config: Config, rank: int, world_size: int):
-    t = config.train
-    return batches(
-        list(targets),
-        steps=min(t.steps, 1000),
-        batch_size=t.batch_size,
-        micro_batches=t.micro_batches,
-        rank=rank,
-        world_size=world_size,
-        seed=config.seed,
-    )
 
 
 class EstimatedText:
