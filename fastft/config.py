@@ -56,8 +56,8 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of weights and arithmetic")
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none",
-        description="hold the linear weights of the decoder layers as nf4 (scales quantised again: 0.52 bytes a weight) or "
-        "int8 (one scale a row); made layer by layer once, then mapped from the cache folder",
+        description="hold the linear weights of the decoder layers as nf4 (0.52 bytes a weight, scales quantised too) "
+        "or int8 (one scale a row); made layer by layer once, then mapped from the cache folder",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     random_weights: bool = Field(

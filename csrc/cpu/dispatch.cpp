@@ -12,6 +12,7 @@
 #include "fastft/dequantise.h"
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
+#include "fastft/quantise.h"
 #include "fastft/topk_kl.h"
 
 namespace fastft {
@@ -39,6 +40,7 @@ namespace fastft {
     void bias_adamw_update_chunks(const AdamWArgs&, int64_t, int64_t);                    \
     void dequantise_4bit_range(const Dequantise4bitArgs&, int64_t, int64_t);              \
     void dequantise_8bit_rows(const Dequantise8bitArgs&, int64_t, int64_t);               \
+    void quantise_4bit_blocks(const Quantise4bitArgs&, int64_t, int64_t);                 \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -187,6 +189,9 @@ void dequantise_4bit_cpu(const Dequantise4bitArgs& args, int64_t begin, int64_t 
 }
 void dequantise_8bit_cpu(const Dequantise8bitArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(dequantise_8bit_rows, args, begin, end);
+}
+void quantise_4bit_cpu(const Quantise4bitArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(quantise_4bit_blocks, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

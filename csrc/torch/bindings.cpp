@@ -48,6 +48,8 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         "absmax_scale, "
         "float absmax_offset, int block, int absmax_block, int first, Tensor(a!) out) -> ()");
     m.def("dequantise_8bit(Tensor values, Tensor scale, Tensor(a!) out) -> ()");
+    // A weight as it is read: see fastft/quantise.h.
+    m.def("quantise_4bit(Tensor x, Tensor bounds, int block, Tensor(a!) packed, Tensor(b!) absmax) -> ()");
     m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
 
     m.def(
@@ -97,6 +99,7 @@ FASTFT_IMPL(CPU)
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
     m.impl("attention", TORCH_BOX(&fastft::attention));
     m.impl("attention_backward", TORCH_BOX(&fastft::attention_backward));
+    m.impl("quantise_4bit", TORCH_BOX(&fastft::quantise_4bit));
 }
 
 #ifdef FASTFT_WITH_CUDA

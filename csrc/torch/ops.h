@@ -39,6 +39,7 @@ void index_check(const Tensor& index, int64_t vocab, int64_t ignore, int64_t sou
 void dequantise_4bit(const Tensor& packed, const Tensor& code, const Tensor& absmax,
                      std::optional<Tensor> absmax_code, std::optional<Tensor> absmax_scale,
                      double absmax_offset, int64_t block, int64_t absmax_block, int64_t first, Tensor out);
+void quantise_4bit(const Tensor& x, const Tensor& bounds, int64_t block, Tensor packed, Tensor absmax);
 void dequantise_8bit(const Tensor& values, const Tensor& scale, Tensor out);
 std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
 void bias_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,

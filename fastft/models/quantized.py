@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastft.ops import FrozenWeight, Weight4bit, Weight8bit, frozen_linear
+from fastft.ops import FrozenWeight, Weight4bit, Weight8bit, frozen_linear, quantise_4bit
 
 KINDS = ("nf4", "int8")
 BLOCK, ABSMAX_BLOCK = 64, 256  # weights with one scale; scales with one scale of theirs
 ALIGNMENT = 16  # bytes
-CHUNK_ELEMENTS = 2**24  # a weight is quantised so much at a time: bitsandbytes takes 20 bytes an element meanwhile
+CHUNK_ELEMENTS = 2**22  # int8: so much of a weight is quantised at a time
 
 
 class Packing:
@@ -140,16 +140,16 @@ def quantize(weight: Tensor, kind: str) -> Tensor:
 def _quantize_4bit(weight: Tensor, parts: dict[str, Tensor]) -> None:
     from bitsandbytes import functional  # slow to import
 
-    absmax = []
-    for i, chunk in enumerate(weight.reshape(-1).split(CHUNK_ELEMENTS)):
-        packed, state = functional.quantize_4bit(chunk, blocksize=BLOCK, quant_type="nf4")
-        begin = i * CHUNK_ELEMENTS // 2
-        parts["packed"][begin : begin + packed.numel()] = packed.flatten()
-        absmax.append(state.absmax)
-    parts["code"].copy_(state.code)
-    absmax = torch.cat(absmax)
+    code = functional.get_4bit_type("nf4", device=weight.device)
+    if weight.device.type == "cpu":  # bitsandbytes' own takes many passes and 20 bytes a weight there
+        packed, absmax = quantise_4bit(weight, code, BLOCK)
+    else:
+        packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+        absmax = state.absmax
     offset = absmax.mean()
     codes, state = functional.quantize_blockwise(absmax - offset, blocksize=ABSMAX_BLOCK)
+    parts["packed"].copy_(packed.flatten())
+    parts["code"].copy_(code)
     parts["absmax"].copy_(codes)
     parts["absmax_code"].copy_(state.code)
     parts["absmax_scale"].copy_(state.absmax)

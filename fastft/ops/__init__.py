@@ -13,7 +13,7 @@ from fastft.ops import linear_topk_kl as _linear_topk_kl
 from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops import lora_linear as _lora_linear
 from fastft.ops._extension import available, build_info, cpu_capability
-from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit, frozen_linear
+from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit, frozen_linear, quantise_4bit
 from fastft.ops.index_check import raise_deferred_errors
 
 # Modules and functions share their names; the functions are what this package exports.
@@ -56,5 +56,6 @@ __all__ = [
     "log_softmax_kl",
     "lora_linear",
     "lora_linears",
+    "quantise_4bit",
     "raise_deferred_errors",
 ]

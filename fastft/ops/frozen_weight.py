@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops import _extension
+from fastft.ops._common import check_float
 
 # Of a quantised weight, so much is dequantised at a time: large enough for the product to run at full speed, small
 # enough to be no matter beside the quantised model, and on a CPU to be multiplied while it is still in the cache.
@@ -144,6 +145,29 @@ def _check(kind: str, name: str, x: Tensor, dtype: torch.dtype, numel: int, like
         raise ValueError(f"{kind}: {name} is on {x.device}, expected {like.device}")
 
 
+def quantise_4bit(x: Tensor, code: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """x -> (packed uint8 [ceil(n / 2)], absmax float32 [ceil(n / block)]), as `Weight4bit` takes them; on the CPU.
+
+    absmax = max |x| over each `block` (a multiple of 64) of the n elements of x, taken row after row; the code of an
+    element is that of the nearest of `code` float32 [16], sorted, to x / absmax. One pass over x. On a GPU
+    bitsandbytes.functional.quantize_4bit does it; the bits are the same.
+    Raises ValueError for another device, dtype or shape.
+    """
+    check_float("quantise_4bit", "x", x)
+    for name, t in (("x", x), ("code", code)):
+        if t.device.type != "cpu":
+            raise ValueError(f"quantise_4bit: {name} is on {t.device}, expected cpu")
+    if code.dtype != torch.float32 or code.shape != (16,) or bool((code.diff() <= 0).any()):
+        raise ValueError(f"quantise_4bit: code is {code.dtype} {list(code.shape)}, expected float32 [16], sorted")
+    if block < 64 or block % 64:
+        raise ValueError(f"quantise_4bit: block is {block}, expected a multiple of 64")
+    _extension.load()
+    n = x.numel()
+    packed, absmax = torch.empty(-(-n // 2), dtype=torch.uint8), torch.empty(-(-n // block))
+    torch.ops.fastft.quantise_4bit(x.contiguous(), (code[:-1] + code[1:]) / 2, block, packed, absmax)
+    return packed, absmax
+
+
 def linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Tensor:
     """x [M, K] @ weight.T [K, N] + bias [N]"""
     if not isinstance(weight, FrozenWeight):
@@ -199,5 +223,5 @@ class _FrozenLinear(torch.autograd.Function):
 
 def register() -> None:
     library = torch.library
-    for op in ("dequantise_4bit", "dequantise_8bit"):
+    for op in ("dequantise_4bit", "dequantise_8bit", "quantise_4bit"):
         library.register_fake(f"fastft::{op}")(lambda *args: None)

@@ -50,8 +50,7 @@ def dequantised(folder, quantised, dtype=torch.float64) -> nn.Module:
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (33, 70), (300, 704), (1, 1)], ids=str)
-def test_nf4_is_that_of_bitsandbytes_bit_for_bit(monkeypatch, shape):
-    monkeypatch.setattr("fastft.models.quantized.CHUNK_ELEMENTS", 1024)
+def test_nf4_is_that_of_bitsandbytes_bit_for_bit(shape):
     torch.manual_seed(0)
     weight = torch.randn(shape, dtype=torch.bfloat16)
     parts = Packing("nf4", shape).views(quantize(weight, "nf4"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastft.ops import Weight4bit, Weight8bit, frozen_weight, lora_linear
+from fastft.ops import Weight4bit, Weight8bit, frozen_linear, frozen_weight, lora_linear, quantise_4bit
 from tests.ops.op_checks import DTYPES
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -130,3 +130,76 @@ def test_errors_name_the_argument():
     weight = Weight8bit(torch.zeros(4, 5, dtype=torch.int8), torch.zeros(4))
     with pytest.raises(ValueError, match=r"lora_linear: x is \[2, 6\], expected \[..., 5\] like weight \[4, 5\]"):
         lora_linear(torch.zeros(2, 6), weight, torch.zeros(2, 6), torch.zeros(4, 2), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (3, 4099)], ids=str)
+def test_codes_are_those_of_bitsandbytes(capability, shape, block, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype)
+    x.view(-1)[:200] = 0  # whole blocks of zeros
+    code = functional.get_4bit_type("nf4", device="cpu")
+    packed, absmax = quantise_4bit(x, code, block)
+    if not x.numel():
+        assert packed.numel() == absmax.numel() == 0
+        return
+    theirs, state = functional.quantize_4bit(x, blocksize=block, quant_type="nf4")
+    assert torch.equal(packed, theirs.flatten())
+    assert torch.equal(absmax, state.absmax)
+
+
+def test_codes_at_the_bounds_and_of_strided_weights(capability):
+    code = functional.get_4bit_type("nf4", device="cpu")
+    bounds = (code[:-1] + code[1:]) / 2
+    near = torch.stack(
+        [bounds, torch.nextafter(bounds, torch.tensor(2.0)), torch.nextafter(bounds, torch.tensor(-2.0))]
+    )
+    x = torch.cat([near.flatten(), torch.ones(64 - near.numel() % 64)])
+    packed, _ = quantise_4bit(x, code)
+    assert torch.equal(packed, functional.quantize_4bit(x, blocksize=64, quant_type="nf4")[0].flatten())
+    strided = torch.randn(128, 96).t()
+    assert all(map(torch.equal, quantise_4bit(strided, code), quantise_4bit(strided.contiguous(), code)))
+
+
+def test_what_quantise_4bit_refuses():
+    code = functional.get_4bit_type("nf4", device="cpu")
+    with pytest.raises(ValueError, match="block is 32, expected a multiple of 64"):
+        quantise_4bit(torch.randn(64), code, 32)
+    with pytest.raises(ValueError, match=r"code is torch.float32 \[16\], expected float32 \[16\], sorted"):
+        quantise_4bit(torch.randn(64), code.flip(0))
+    with pytest.raises(ValueError, match=r"x is torch\.int64"):
+        quantise_4bit(torch.arange(64), code)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_frozen_linear_keeps_no_input(dtype, bias):
+    """As F.linear on the dequantised weight, forward and backward; between them only what the weight holds is alive."""
+    packed, _ = four_bit((40, 64))
+    weight = Weight4bit.from_bitsandbytes(packed)
+    plain = whole(weight, dtype)
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 5, 64, dtype=dtype), torch.randn(2, 5, 40, dtype=dtype)
+    b = torch.randn(40, dtype=dtype) if bias else None
+    found = []
+    for linear, w in ((frozen_linear, weight), (torch.nn.functional.linear, plain)):
+        own_x = x.clone().requires_grad_(True)
+        own_b = None if b is None else b.clone().requires_grad_(True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = linear(own_x, w, own_b)
+        if w is weight:
+            assert not kept
+        y.backward(dy)
+        found.append((y.detach(), own_x.grad, *([] if b is None else [own_b.grad])))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_frozen_linear_refuses_what_does_not_fit():
+    weight = Weight4bit.from_bitsandbytes(four_bit((40, 64))[0])
+    with pytest.raises(ValueError, match=r"x is \[3, 60\], expected \[..., 64\] like weight \[40, 64\]"):
+        frozen_linear(torch.randn(3, 60), weight)
+    with pytest.raises(ValueError, match=r"bias is \[64\], expected \[40\]"):
+        frozen_linear(torch.randn(3, 64), weight, torch.randn(64))
