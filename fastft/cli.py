@@ -45,6 +45,23 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--debug", action="store_true", help="show tracebacks")
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
     evaluate.set_defaults(function=_evaluate)
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a config on a device, and what to change where it does not fit",
+        usage="fastft plan --cfg FILE --gpu NAME [--gpus N] [--host-memory 64GiB] [--out FILE] [--json] [key.sub=value ...]",
+        description="Counts bytes and operations of a run from its config alone; no weights are loaded. Exit code 1 "
+        "where it does not fit.",
+    )
+    plan.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="rtx4090, a100-80gb, ..., cpu, or auto: this machine's")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="how many of them, one process each")
+    plan.add_argument("--memory", metavar="24GiB", help="memory of the device, in place of its own")
+    plan.add_argument("--host-memory", metavar="64GiB", help="memory of the host; default: this machine's")
+    plan.add_argument("--out", metavar="FILE", help="write the config, with what makes it fit")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--debug", action="store_true", help="show tracebacks")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
+    plan.set_defaults(function=_plan)
     sweep = commands.add_parser(
         "sweep",
         help="a grid of runs: start those that are not done, and write one table",
@@ -140,6 +157,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(summary, indent=2))
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.cfg, arguments.overrides)
+    from fastft.engine.quiet import quiet
+
+    quiet()
+    from fastft.plan.command import run
+
+    return run(config, arguments)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -120,7 +120,8 @@ class DecodeCache:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all sequences but `rows` [n] (those that are not finished)."""
-        self.layers = {i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()}
+        for i, (k, v) in self.layers.items():  # layer by layer: not all of them twice
+            self.layers[i] = (k[rows], v[rows])
         self.lengths = self.lengths[rows]
 
 

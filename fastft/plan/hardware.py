@@ -75,6 +75,9 @@ def device(name: str, *, memory: int | None = None, dtype: str = "bfloat16") -> 
 
     Raises FastftError for a name that is not in the table.
     """
+    if name == "auto":
+        found = this_device(dtype) or unknown_gpu()
+        return found if memory is None else replace(found, memory=memory)
     if name != "cpu" and name not in GPUS:
         raise FastftError(f"--gpu {name}: not in the table of devices; expected one of {', '.join(NAMES)}, or auto")
     found = _cpu(dtype) if name == "cpu" else GPUS[name]

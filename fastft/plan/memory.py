@@ -66,7 +66,7 @@ class Memory:
         self.itemsize = ITEMSIZE[config.model.dtype]
 
     def phases(self) -> list[Phase]:
-        found = [self._frozen("teach and evaluate", trained=False)]
+        found = [self._frozen("teach", trained=False)]
         if self.config.method != "icl":
             found += [self._train(), self._frozen("evaluate", trained=True)]
         return [p for p in found if p]
