@@ -35,7 +35,7 @@ PARTS = {
     "fragmentation": "fragmentation",
 }
 # Python, torch, transformers, DeepSpeed and their libraries; on a GPU its context and cuBLAS' workspace.
-RUNTIME = {"cpu": 700 * MIB, "gpu": 480 * MIB}
+RUNTIME = {"cpu": 502 * MIB, "gpu": 480 * MIB}
 # Of what comes and goes, what an allocator cannot use again: caching blocks of 2 MiB and cut ones.
 FRAGMENTATION = 0.08
 
