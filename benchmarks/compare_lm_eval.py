@@ -172,7 +172,7 @@ def ours(
     rows: list[list[float]] = []
     for start in range(0, len(questions), batch):
         members = questions[start : start + batch]
-        nll, _ = icl.choice_nll(lm, members, prefix)
+        [(_, (nll, _))] = lm.each([icl.choice_job(lm, members, prefix)])
         rows += [(-own).tolist() for own in nll.split([len(choices) for _, choices in members])]
     gold = torch.tensor([e.label for e in asked.examples])
     accuracy, normalised = {}, {}

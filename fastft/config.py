@@ -464,7 +464,11 @@ class TrainConfig(Section):
 class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage")
     offload_optimizer: Literal["none", "cpu"] = Field("none", description="where optimizer states live")
-    offload_param: Literal["none", "cpu"] = Field("none", description="where stage 3 keeps parameters")
+    offload_param: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: stage 3 keeps parameters in host memory; before training, and for icl, each decoder layer "
+        "visits the device once a phase and runs over everything there is to compute",
+    )
     config_file: str | None = Field(None, description="a DeepSpeed JSON file merged over the derived one")
     threads_per_rank: PositiveInt | None = Field(
         None, description="CPU threads of each process; null: the cores divided among the local processes"

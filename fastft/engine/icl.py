@@ -90,11 +90,14 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
 
 
 def partition(lm: PackedCausalLM, config: Config, ranks: Ranks) -> tuple[PackedCausalLM, str]:
-    """The model with its weights dealt out over the ranks or kept on the host (ZeRO-3), and what was done, in words.
+    """The model with its weights dealt out over the ranks (ZeRO-3), and what was done, in words.
 
-    Other stages partition nothing that inference has, and neither does stage 3 on one process without offloading.
+    Other stages partition nothing that inference has, and neither does stage 3 on one process. With offloading each
+    process runs the layers from its host's memory, which processes on one node share.
     """
-    if config.deepspeed.zero_stage < 3 or (ranks.world_size == 1 and config.deepspeed.offload_param == "none"):
+    if lm.host_layers is not None:
+        return lm, "layers in host memory"
+    if config.deepspeed.zero_stage < 3 or ranks.world_size == 1:
         return lm, "whole model on each process"
     gather_by_layer(lm)
     engine, *_ = deepspeed.initialize(model=lm, config=deepspeed_config.derive(config, ranks.world_size))

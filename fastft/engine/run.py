@@ -109,6 +109,7 @@ def run(config: Config) -> dict[str, Any]:
     if ranks.is_first:
         begin_results(config, output_dir, resumed)
     ranks.barrier()
+    base.lm.release_host_layers()  # from here on DeepSpeed brings them
     trainer = Trainer(base.lm, trained, config, ranks)
     objective = source.objective(base, prepared, store)
 

@@ -12,7 +12,8 @@ computed once, before training (`teach`); or, with teacher=online, in every step
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ from fastft.data.sequences import Sequence, Window, answer_tokens, pack, questio
 from fastft.data.store import StoreWriter, TeacherStore
 from fastft.distributed import Ranks
 from fastft.models.attention import PackedSequences, Prefix
-from fastft.models.causal import PackedCausalLM
+from fastft.models.causal import Job, PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
 from fastft.ops import linear_log_softmax_kl, linear_topk_kl
@@ -173,28 +174,41 @@ def teach(
         batches = (members[i : i + batch_size] for i in range(0, len(members), batch_size))
         missing = ([i for i in batch if i not in present] for batch in batches)
         jobs += [(w, batch) for batch in missing if batch]
-    k = min(config.top_k, lm.head.weight.shape[0])
-    known: tuple[int, Prefix] | None = None
+    k = min(config.top_k, lm.head.weight.shape[0]) if config.targets == "topk" else None
     prefix_bytes = 0
-    for (w, members), counts in ranks.lockstep(jobs):
-        if not ranks.all(known is not None and known[0] == w):
-            known = (w, lm.encode_prefix(windows[w].token_ids))
-            prefix_bytes = max(prefix_bytes, known[1].nbytes)
-        batch = [sequences[i] for i in members]
-        input_ids, lengths = pack([s.token_ids for s in batch], [], lm.device)
-        packed = PackedSequences(lengths, prefixes=[(known[1], len(members))], device=lm.device)
-        at = target_rows(batch, config.loss_on, [], lm.device)
-        if config.targets == "hidden":
-            targets = {"hidden": lm(input_ids, packed)[at]}
-        else:
-            ids, log_probs = lm(input_ids, packed, lambda h, weight, at=at: top_k_log_probs(h[at], weight, k))
-            targets = {"topk_ids": ids, "topk_log_probs": log_probs}
+
+    def passes() -> Iterator[Job]:
+        known: tuple[int, Prefix] | None = None
+        for (w, members), counts in ranks.lockstep(jobs):
+            if not ranks.all(known is not None and known[0] == w):
+                context, prefix = lm.context(windows[w].token_ids)
+                known = (w, prefix)
+                yield context
+            batch = [sequences[i] for i in members]
+            input_ids, lengths = pack([s.token_ids for s in batch], [], lm.device)
+            packed = PackedSequences(lengths, prefixes=[(known[1], len(members))], device=lm.device)
+            at = target_rows(batch, config.loss_on, [], lm.device)
+            yield Job(input_ids, packed, partial(_targets, at=at, k=k), (members, counts))
+
+    for job, targets in lm.each(passes()):
+        if job.item is None:
+            prefix_bytes = max(prefix_bytes, job.packed.capture.peak_nbytes)
+            continue
+        members, counts = job.item
         if counts:
             writer.write(members, targets)
             advance(len(members))
         if not ranks.all(writer.error is None):
             break
     return prefix_bytes
+
+
+def _targets(hidden: torch.Tensor, weight: torch.Tensor, *, at: torch.Tensor, k: int | None) -> dict[str, torch.Tensor]:
+    """What is stored of the rows `at` of hidden [T, H]: themselves, or the k most likely tokens and their log-probs."""
+    if k is None:
+        return {"hidden": hidden[at]}
+    ids, log_probs = top_k_log_probs(hidden[at], weight, k)
+    return {"topk_ids": ids, "topk_log_probs": log_probs}
 
 
 def top_k_log_probs(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastft.data.sequences import Window
 from fastft.distributed import Ranks
 from fastft.models.attention import PackedSequences, Prefix
-from fastft.models.causal import HeadFn, PackedCausalLM
+from fastft.models.causal import HeadFn, Job, PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
 from fastft.ops import linear_cross_entropy
@@ -48,20 +49,33 @@ class Scores:
         return self.nll / self.answer_tokens
 
 
-@torch.no_grad()
 def answer_nll(
     lm: PackedCausalLM,
     questions: list[tuple[list[int], list[list[int]]]],
     *,
     prefix: Prefix | None,
     leading: list[int],
-    also: HeadFn[None] | None = None,
 ) -> torch.Tensor:
     """-log p(answer | prefix, prompt) in nats for each answer of each (prompt, answers), float64 on the CPU.
 
-    A prompt is computed once for all its answers, which branch off from it.
     leading: tokens in front of the prompt where there is no prefix (which has them already).
-    also: called with the hidden states of the prompts' last tokens and the head's weight.
+    """
+    [(_, (nll, _))] = lm.each([answer_job(lm, questions, prefix=prefix, leading=leading)])
+    return nll
+
+
+def answer_job(
+    lm: PackedCausalLM,
+    questions: list[tuple[list[int], list[list[int]]]],
+    *,
+    prefix: Prefix | None,
+    leading: list[int],
+    also: HeadFn[Any] = lambda hidden, weight: None,
+    item: Any = None,
+) -> Job:
+    """A job whose result is `answer_nll`, and also(hidden states of the prompts' last tokens, the head's weight).
+
+    A prompt is computed once for all its answers, which branch off from it.
     """
     leading = leading if prefix is None else []
     ids, trunks, branches, ends = [], [], [], []
@@ -82,14 +96,13 @@ def answer_nll(
     at = torch.tensor(rows, device=lm.device)
     label = torch.tensor(labels, device=lm.device)
 
-    def score(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if also is not None:
-            also(hidden[torch.tensor(ends, device=lm.device)], weight)
-        return linear_cross_entropy(hidden[at], weight, label, reduction="none")
+    def score(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        nll = linear_cross_entropy(hidden[at], weight, label, reduction="none")
+        owner = torch.repeat_interleave(torch.tensor(sizes)).to(nll.device)
+        summed = torch.zeros(len(sizes), dtype=torch.float64, device=nll.device).index_add_(0, owner, nll.double())
+        return summed.cpu(), also(hidden[torch.tensor(ends, device=lm.device)], weight)
 
-    nll = lm(torch.tensor(ids, device=lm.device)[None], packed, score)
-    owner = torch.repeat_interleave(torch.tensor(sizes)).to(nll.device)
-    return torch.zeros(len(sizes), dtype=torch.float64, device=nll.device).index_add_(0, owner, nll.double()).cpu()
+    return Job(torch.tensor(ids, device=lm.device)[None], packed, score, item)
 
 
 def evaluate(
@@ -118,18 +131,30 @@ def evaluate(
     ]
     # Of each question in each window: nll, tokens, f1, exact match.
     results = [torch.zeros(n, len(s.prompts), 4, dtype=torch.float64) for n, s in zip(count, sets, strict=True)]
-    known: tuple[int, int] | None = None
-    prefix, leading = None, text.leading
-    for (index, w, begin), counts in ranks.lockstep(jobs):
+    leading = [] if in_context else text.leading
+
+    def passes() -> Iterator[Job]:
+        known: tuple[int, int] | None = None
+        prefix = None
+        for (index, w, begin), counts in ranks.lockstep(jobs):
+            questions = sets[index]
+            if in_context and not ranks.all(known == (index, w)):
+                known = (index, w)
+                context, prefix = lm.context(questions.windows[w].token_ids)
+                yield context
+            span = range(begin, min(begin + batch_size, len(questions.prompts)))
+            asked = [(questions.prompts[q], questions.answers[q]) for q in span]
+            yield answer_job(lm, asked, prefix=prefix, leading=leading, item=(index, w, span, prefix, counts))
+
+    for job, scored in lm.each(passes(), keep_prefixes=bool(max_new_tokens)):
+        if job.item is None:
+            continue
+        index, w, span, prefix, counts = job.item
         questions = sets[index]
-        if in_context and not ranks.all(known == (index, w)):
-            known, prefix, leading = (index, w), lm.encode_prefix(questions.windows[w].token_ids), []
-        span = range(begin, min(begin + batch_size, len(questions.prompts)))
-        asked = [(questions.prompts[q], questions.answers[q]) for q in span]
-        owner = torch.tensor([q - begin for q in span for _ in questions.answers[q]])
+        owner = torch.tensor([q - span.start for q in span for _ in questions.answers[q]])
         lengths = torch.tensor([len(a) for q in span for a in questions.answers[q]], dtype=torch.float64)
         row = torch.zeros(len(span), 4, dtype=torch.float64)
-        row[:, 0].index_add_(0, owner, answer_nll(lm, asked, prefix=prefix, leading=leading))
+        row[:, 0].index_add_(0, owner, scored[0])
         row[:, 1].index_add_(0, owner, lengths)
         if max_new_tokens:
             answers = generate(

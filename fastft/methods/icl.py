@@ -10,18 +10,19 @@ A fine-tuned model answers in the same way, without demonstrations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from fastft.data.sequences import pack
 from fastft.distributed import Ranks
 from fastft.errors import DataError
-from fastft.methods.evaluation import Advance, answer_nll
+from fastft.methods.evaluation import Advance, answer_job
 from fastft.methods.metrics import Predictions
 from fastft.models.attention import PackedSequences, Prefix
-from fastft.models.causal import PackedCausalLM
+from fastft.models.causal import Job, PackedCausalLM
 from fastft.models.text import Text
 from fastft.tasks import Example, Pattern
 
@@ -141,11 +142,11 @@ def check_room(shared: tuple[int, ...], needed: int, positions: int | None, fewe
     )
 
 
-@torch.no_grad()
-def label_logits(
-    lm: PackedCausalLM, prompts: list[list[int]], labels: list[int], prefix: Prefix | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Behind each prompt the label tokens' logits, float64 [B, labels], and the most likely token, [B]; on the CPU.
+def label_job(
+    lm: PackedCausalLM, prompts: list[list[int]], labels: list[int], prefix: Prefix | None, item: Any = None
+) -> Job:
+    """A job whose result is, behind each prompt, the label tokens' logits, float64 [B, labels], and the most likely
+    token, [B]; on the CPU.
 
     Of the hidden states only the last of each prompt is multiplied by the head's weight.
     """
@@ -158,7 +159,7 @@ def label_logits(
         hidden = hidden[last]
         return (hidden.double() @ weight[rows].double().t()).cpu(), most_likely_token(hidden, weight)
 
-    return lm(input_ids, packed, head)
+    return Job(input_ids, packed, head, item)
 
 
 def most_likely_token(hidden: torch.Tensor, weight: torch.Tensor, chunk_tokens: int = 8192) -> torch.Tensor:
@@ -174,15 +175,14 @@ def most_likely_token(hidden: torch.Tensor, weight: torch.Tensor, chunk_tokens: 
     return ids.gather(0, values.argmax(0, keepdim=True))[0].cpu()
 
 
-def choice_nll(
-    lm: PackedCausalLM, questions: list[tuple[list[int], list[list[int]]]], prefix: Prefix | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`answer_nll` of each choice, one after the other, and the most likely token behind each prompt, [B]."""
-    tops = []
-    nll = answer_nll(
-        lm, questions, prefix=prefix, leading=[], also=lambda ends, weight: tops.append(most_likely_token(ends, weight))
-    )
-    return nll, tops[0]
+def choice_job(
+    lm: PackedCausalLM,
+    questions: list[tuple[list[int], list[list[int]]]],
+    prefix: Prefix | None,
+    item: Any = None,
+) -> Job:
+    """A job whose result is `answer_nll` of each choice, and the most likely token behind each prompt, [B]."""
+    return answer_job(lm, questions, prefix=prefix, leading=[], also=most_likely_token, item=item)
 
 
 def classify(
@@ -207,16 +207,22 @@ def classify(
     scores = torch.zeros(count, int(width.max()), dtype=torch.float64)
     is_label = torch.zeros(count, dtype=torch.float64)
     labels = queries.labels
-    for members, counts in ranks.lockstep(jobs):
-        prompts = [queries.prompts[i] for i in members]
-        if labels is not None:
-            found, tops = label_logits(lm, prompts, labels, prefix)
-        else:
+
+    def passes() -> Iterator[Job]:
+        for members, counts in ranks.lockstep(jobs):
+            prompts, choices = ([own[i] for i in members] for own in (queries.prompts, queries.choices))
+            if labels is not None:
+                yield label_job(lm, prompts, labels, prefix, (members, counts))
+            else:
+                yield choice_job(lm, list(zip(prompts, choices, strict=True)), prefix, (members, counts))
+
+    for job, (found, tops) in lm.each(passes()):
+        members, counts = job.item
+        if labels is None:
             choices = [queries.choices[i] for i in members]
-            nll, tops = choice_nll(lm, list(zip(prompts, choices, strict=True)), prefix)
             if score == "mean":
-                nll = nll / torch.tensor([len(c) for own in choices for c in own])
-            found = (-nll).split([len(own) for own in choices])
+                found = found / torch.tensor([len(c) for own in choices for c in own])
+            found = (-found).split([len(own) for own in choices])
         if counts:
             for i, values, top in zip(members, found, tops.tolist(), strict=True):
                 scores[i, : len(values)] = values

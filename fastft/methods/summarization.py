@@ -5,18 +5,19 @@ As in `methods.icl` all queries stand behind one copy of what they share.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastft.distributed import Ranks
-from fastft.methods.evaluation import Advance, answer_nll
+from fastft.methods.evaluation import Advance, answer_job
 from fastft.methods.icl import Queries
 from fastft.methods.metrics import RESAMPLES, interval, resample
 from fastft.methods.rouge import rouge
 from fastft.models.attention import Prefix
-from fastft.models.causal import PackedCausalLM
+from fastft.models.causal import Job, PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
 
@@ -108,9 +109,14 @@ def reference_nll(
 ) -> torch.Tensor:
     """-log p of each query's only choice, nats summed over its tokens, float64 [N]."""
     found = torch.zeros(len(queries.prompts), dtype=torch.float64)
-    for members, counts in ranks.lockstep(_batches(queries.prompts, batch_size)):
-        asked = [(queries.prompts[i], queries.choices[i]) for i in members]
-        nll = answer_nll(lm, asked, prefix=prefix, leading=[])
+
+    def passes() -> Iterator[Job]:
+        for members, counts in ranks.lockstep(_batches(queries.prompts, batch_size)):
+            asked = [(queries.prompts[i], queries.choices[i]) for i in members]
+            yield answer_job(lm, asked, prefix=prefix, leading=[], item=(members, counts))
+
+    for job, (nll, _) in lm.each(passes()):
+        members, counts = job.item
         if counts:
             found[members] = nll
     return ranks.sum(found).cpu()

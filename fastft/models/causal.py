@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from fastft.errors import ModelError
 from fastft.models.attention import PackedSequences, Prefix
+from fastft.models.layerwise import HostLayers, Layerwise
 
 R = TypeVar("R")
 HeadFn = Callable[[torch.Tensor, torch.Tensor], R]  # (hidden [T, H], head weight [V, H]) -> anything
@@ -37,6 +39,16 @@ class Head(nn.Module):
         return head_fn(hidden, self.weight)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A pass of `PackedCausalLM` without gradient, for `PackedCausalLM.each`; item: the caller's own."""
+
+    input_ids: torch.Tensor
+    packed: PackedSequences
+    head_fn: HeadFn[Any] | None = None
+    item: Any = None
+
+
 class PackedCausalLM(nn.Module):
     """Final hidden states of packed sequences, and a function of them and the head, without a [T, V] tensor."""
 
@@ -48,6 +60,7 @@ class PackedCausalLM(nn.Module):
             raise ModelError(f"{type(model).__name__}: expected a language-model head without a bias")
         self.model = model
         self.placement = placement
+        self.host_layers: HostLayers | None = None
         self.head = Head(head.weight)
 
     def forward(
@@ -59,6 +72,59 @@ class PackedCausalLM(nn.Module):
         ).last_hidden_state.squeeze(0)
         return hidden if head_fn is None else self.head(hidden, head_fn)
 
+    @torch.no_grad()
+    def each(self, jobs: Iterable[Job], *, keep_prefixes: bool = False) -> Iterator[tuple[Job, Any]]:
+        """Every job with its result, in order: head_fn(hidden, weight), or the hidden states [T, H] without one.
+
+        One after the other as they come; where the layers wait in host memory, layer by layer over all of them, and
+        what a `context` job captures is then gone with them unless keep_prefixes. No gradient.
+        """
+        if self.host_layers is None:
+            for job in jobs:
+                yield job, self(job.input_ids, job.packed, job.head_fn)
+            return
+        jobs = list(jobs)
+        passes = self._layerwise.run([(job.input_ids, job.packed) for job in jobs], keep_prefixes=keep_prefixes)
+        for job, hidden in zip(jobs, passes, strict=True):
+            yield job, hidden if job.head_fn is None else self.head(hidden, job.head_fn)
+
+    def context(self, token_ids: tuple[int, ...]) -> tuple[Job, Prefix]:
+        """A job that fills the prefix with the keys and values of a context, for the jobs that come after it."""
+        prefix = Prefix(self.placement)
+        prefix.length = len(token_ids)
+        packed = PackedSequences([len(token_ids)], capture=prefix, device=self.device)
+        return Job(torch.tensor(token_ids, device=self.device)[None], packed), prefix
+
+    def encode_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
+        """Keys and values of a context, to be shared by all that follows it."""
+        job, prefix = self.context(token_ids)
+        for _ in self.each([job], keep_prefixes=True):
+            pass
+        return prefix
+
+    def keep_layers_on_host(self, device: torch.device, *, copies: bool | None = None) -> None:
+        """Move all but the decoder layers to the device; these wait in host memory and visit it one at a time.
+
+        copies: see `HostLayers`.
+        """
+        if not self.layers:
+            raise ModelError(
+                f"{type(self.model).__name__} does not name its decoder layers, so they cannot wait in host memory; "
+                "use deepspeed.offload_param=none"
+            )
+        inside = {p for layer in self.layers for p in layer.parameters()}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor not in inside:
+                tensor.data = tensor.data.to(device)
+        self.host_layers = HostLayers(self.layers, device, copies=copies)
+        self._layerwise = Layerwise(self.model.get_decoder(), self.layers, self.host_layers.visit)
+
+    def release_host_layers(self) -> None:
+        """The layers stay in host memory, and nothing brings them to the device any more."""
+        if self.host_layers is not None:
+            self.host_layers.release()
+            self.host_layers = None
+
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
@@ -67,11 +133,3 @@ class PackedCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-    @torch.no_grad()
-    def encode_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
-        """Keys and values of a context, to be shared by all that follows it."""
-        prefix = Prefix(self.placement)
-        packed = PackedSequences([len(token_ids)], capture=prefix, device=self.device)
-        self(torch.tensor(token_ids, device=self.device)[None], packed)
-        return prefix

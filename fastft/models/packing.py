@@ -40,6 +40,7 @@ class Prefix:
             raise ValueError(f"Prefix: placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
         self.placement = placement
         self.length = 0
+        self.peak_nbytes = 0  # the most that was kept at one time
         self._layers: dict[int, tuple[torch.Tensor, ...]] = {}
         self._dtype: torch.dtype | None = None  # int8: what to give back
         self._device: torch.device | None = None  # host: where to copy to; None where they need no copy
@@ -57,6 +58,11 @@ class Prefix:
             self._layers[layer] = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x) for x in (k, v))
         else:
             self._layers[layer] = (k.contiguous(), v.contiguous())
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+
+    def drop(self, layer: int) -> None:
+        """Forget the keys and values of a layer that nothing reads any more."""
+        self._layers.pop(layer, None)
 
     def fetch(self, layer: int) -> KeyValue:
         """Keys and values of a layer on the device, in the model's dtype."""
