@@ -3,7 +3,7 @@
 python benchmarks/plan_check.py --json plan.json [--only lora] [--threads 1]
 
 Every case is a whole run (`fastft train`, for two processes through the `deepspeed` launcher) of a random-weight OPT of
-a published size on a text of a few thousand tokens, and its plan is made before the run starts, as `fastft plan --gpu
+a published size on a text of a thousand tokens, and its plan is made before the run starts, as `fastft plan --gpu
 cpu` does. Memory is the process's peak resident size, as the kernel reports it. Seconds are the roofline's: a measured
 step can only take longer, and takes much longer while the machine is shared.
 """
@@ -75,7 +75,7 @@ CASES = [
 ]
 
 
-def write_documents(path: Path, characters: int = 6000) -> None:
+def write_documents(path: Path, characters: int = 2500) -> None:
     """Two documents with two questions each."""
     source = load_documents(DataConfig())
     text = " ".join(d.text for d in source)
@@ -95,10 +95,10 @@ def config_of(case: Case, folder: Path, threads: int | None) -> Config:
         "overwrite": True,
         "cache_dir": str(folder / "cache"),
         "model": {"name_or_path": str(model), "random_weights": True},
-        "data": {"path": str(folder / "documents.jsonl"), "documents": ["d0"], "control_documents": 1},
-        "queries": {"passages": {"prompt_tokens": 24, "stride": 48}, "self_study": {"count": 0}},
+        "data": {"path": str(folder / "documents.jsonl"), "documents": ["d0"], "control_documents": 1, "window": {"tokens": 512}},
+        "queries": {"passages": {"prompt_tokens": 24, "stride": 64}, "self_study": {"count": 0}},
         "peft": {"kind": case.peft},
-        "train": {"steps": 3},
+        "train": {"steps": 2},
         "evaluate": {"answers": False, "batch_size": 8},
         "deepspeed": {"zero_stage": 0, "threads_per_rank": threads},
     }

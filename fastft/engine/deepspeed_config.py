@@ -22,8 +22,14 @@ OWNED = {
 }
 
 
-def derive(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `world_size` processes.
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's own, in elements
+
+
+def derive(config: Config, world_size: int, trained: int = 0) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world_size` processes and so many trained parameters.
+
+    Its bucket for gradients is allocated whole: 1 GB in bfloat16, where LoRA fills a fifth and BitFit nothing. It is
+    made as large as the gradients are.
 
     Raises ConfigError for a user's file that is missing, is not JSON or sets what the config already says.
     """
@@ -33,6 +39,8 @@ def derive(config: Config, world_size: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": ds.offload_optimizer, "pin_memory": False}
     if ds.offload_param != "none":
         zero["offload_param"] = {"device": ds.offload_param, "pin_memory": False}
+    if trained:
+        zero["reduce_bucket_size"] = min(trained, REDUCE_BUCKET)
     derived = {
         # DeepSpeed counts "samples" only to check this product; fastft's batches are packed, one row each.
         "train_micro_batch_size_per_gpu": 1,

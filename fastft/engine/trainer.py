@@ -44,7 +44,7 @@ class Trainer:
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=lm,
                 optimizer=build_optimizer(trained, config.train, config.peft),
-                config=deepspeed_config.derive(config, ranks.world_size),
+                config=deepspeed_config.derive(config, ranks.world_size, sum(p.numel() for p in trained.values())),
             )
         self.lm: PackedCausalLM = self.engine.module
 

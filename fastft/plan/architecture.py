@@ -117,7 +117,7 @@ class Counts:
     """What a model is made of, in parameters, and what of it a run trains.
 
     linear: weights that every token is multiplied by, the head apart: matrices of the decoder layers and of projections
-    around them. largest_layer: parameters of the largest decoder layer. small: those of tensors below ZeRO-3's
+    around them. small: those of tensors below ZeRO-3's
     persistence threshold, which every rank keeps whole. bias_copies: what BitFit keeps of the base.
     """
 
@@ -125,7 +125,7 @@ class Counts:
     linear: int
     quantisable: int  # weights of the decoder layers' linear modules
     quantisable_rows: int
-    largest_layer: int
+    in_layers: int  # of the decoder layers
     small: int
     head: int  # [V, H] of the head
     layers: int
@@ -159,7 +159,7 @@ def count(model_config: PretrainedConfig, config: Config, num_labels: int | None
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     total, head = sum(p.numel() for p in parameters.values()), lm.head.weight.numel()
-    layer_sizes = [sum(p.numel() for p in layer.parameters()) for layer in lm.layers]
+    layer_sizes = [sum(p.numel() for p in layer.parameters()) for layer in lm.layers]  # the adapter is not there yet
     small = sum(p.numel() for p in parameters.values() if p.numel() < PERSISTENT)
     with torch.device("meta"):
         trained = inject(model, config.peft, num_labels)
@@ -168,7 +168,7 @@ def count(model_config: PretrainedConfig, config: Config, num_labels: int | None
         linear=sum(linear.values()),
         quantisable=sum(m.weight.numel() for m in inside),
         quantisable_rows=sum(m.weight.shape[0] for m in inside),
-        largest_layer=max(layer_sizes),
+        in_layers=sum(layer_sizes),
         small=small,
         head=head,
         layers=len(layer_sizes),

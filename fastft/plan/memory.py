@@ -83,25 +83,30 @@ class Memory:
         ordered = {part: device[part] for part in PARTS if device[part]}
         return Phase(name, ordered, {part: host[part] for part in PARTS if host[part]})
 
-    def _base(self, *, trained: bool) -> tuple[Counter[str], Counter[str]]:
-        """The base's weights. Before there is a trainer every rank holds them whole; then ZeRO-3 deals them out."""
+    def _base(self, *, training: bool) -> tuple[Counter[str], Counter[str]]:
+        """The base's weights on the device and on the host.
+
+        Before there is a trainer every rank holds them whole, or with offload_param the layers on the host, of which two
+        visit the device. Then ZeRO-3 deals them out and gathers what is at work.
+        """
         c, d = self.counts, self.config.deepspeed
-        partitioned = trained and d.zero_stage == 3 and self.ranks > 1
         device, host = Counter(), Counter()
         weights, scales = base_bytes(c, self.config)
-        share = weights
-        if partitioned:
-            whole = c.small * self.itemsize
-            share = whole + (weights - whole) // self.ranks
-            gathered = min(c.parameters - c.small, LIVE_PARAMETERS) * weights // c.parameters
-            device["communication"] += gathered
-        target = host if trained and d.offload_param == "cpu" else device
-        target["base"] += share
-        if trained and d.offload_param == "cpu" and not partitioned:
-            device["communication"] += min(c.parameters, LIVE_PARAMETERS) * weights // c.parameters
-        device["scales"] += scales
+        whole, offloads = weights + scales, d.offload_param == "cpu"
+        layers = whole - (c.parameters - c.in_layers) * self.itemsize
         if scales:
-            device["dequantised"] += TILE_BYTES["cpu" if self.device.is_cpu else "cuda"]
+            device["dequantised"] = TILE_BYTES["cpu" if self.device.is_cpu else "cuda"]
+        if training and d.zero_stage == 3 and (self.ranks > 1 or offloads):
+            kept = c.small * self.itemsize  # whole on every rank
+            (host if offloads else device)["base"] = (whole - kept) // self.ranks
+            device["base"] += kept
+            device["communication"] = min(c.parameters - c.small, LIVE_PARAMETERS) * whole // c.parameters
+        elif offloads and not training and not self.device.is_cpu:
+            host["base"] = layers
+            device["base"] = whole - layers
+            device["communication"] = 2 * layers // c.layers
+        else:
+            device.update(base=weights, scales=scales)
         return device, host
 
     def _trained(self) -> tuple[Counter[str], Counter[str], int]:
@@ -125,7 +130,7 @@ class Memory:
         return device, host, 4 * share if has_master else 0
 
     def _train(self) -> Phase:
-        device, host = self._base(trained=True)
+        device, host = self._base(training=True)
         own, own_host, step = self._trained()
         lengths, rows = self.workload.micro_batch(self.config, self.ranks)
         trace = self.tracer.peak(
@@ -150,7 +155,7 @@ class Memory:
 
     def _frozen(self, name: str, *, trained: bool) -> Phase | None:
         """The largest moment of forwards without a gradient: contexts, teaching, questions with and without them."""
-        device, host = self._base(trained=trained)
+        device, host = self._base(training=trained)
         if trained:
             own, own_host, _ = self._trained()
             device, host = device + own, host + own_host
@@ -167,6 +172,13 @@ class Memory:
         if self.config.model.prefix == "host" and not self.device.is_cpu:
             host["prefix"] += moment["prefix"]
             moment["prefix"] = 2 * moment["prefix"] // self.counts.layers  # the layer at work and the next
+        if not trained and self.config.deepspeed.offload_param == "cpu":
+            # Everything goes through one layer before the next: hidden states wait on the host, of the contexts' keys
+            # and values there is one layer, unless answers are generated behind them.
+            tokens = sum(self.workload.contexts) + sum(self.workload.sequences)
+            host["live_layer"] += tokens * self.counts.hidden * self.itemsize
+            if not any(ask.new for ask in self.workload.asked):
+                moment["prefix"] = self._prefix_bytes(sum(self.workload.contexts)) // self.counts.layers
         return self._finish(name, device + moment, host)
 
     def _encode(self, tokens: int) -> Counter[str]:
