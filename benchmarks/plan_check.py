@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -46,7 +45,9 @@ class Case:
     @property
     def name(self) -> str:
         values = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.values.items())
-        return f"{self.size} {self.peft}" + (f" x{self.processes}" if self.processes > 1 else "") + f" {values}".rstrip()
+        return (
+            f"{self.size} {self.peft}" + (f" x{self.processes}" if self.processes > 1 else "") + f" {values}".rstrip()
+        )
 
 
 def tokens(length: int, batch: int) -> dict[str, Any]:
@@ -95,7 +96,12 @@ def config_of(case: Case, folder: Path, threads: int | None) -> Config:
         "overwrite": True,
         "cache_dir": str(folder / "cache"),
         "model": {"name_or_path": str(model), "random_weights": True},
-        "data": {"path": str(folder / "documents.jsonl"), "documents": ["d0"], "control_documents": 1, "window": {"tokens": 512}},
+        "data": {
+            "path": str(folder / "documents.jsonl"),
+            "documents": ["d0"],
+            "control_documents": 1,
+            "window": {"tokens": 512},
+        },
         "queries": {"passages": {"prompt_tokens": 24, "stride": 64}, "self_study": {"count": 0}},
         "peft": {"kind": case.peft},
         "train": {"steps": 2},

@@ -48,12 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     plan = commands.add_parser(
         "plan",
         help="memory and time of a config on a device, and what to change where it does not fit",
-        usage="fastft plan --cfg FILE --gpu NAME [--gpus N] [--host-memory 64GiB] [--out FILE] [--json] [key.sub=value ...]",
+        usage="fastft plan --cfg FILE --gpu NAME [--gpus N] [--memory 24GiB] [--host-memory 64GiB] [--out FILE] [--json] "
+        "[key.sub=value ...]",
         description="Counts bytes and operations of a run from its config alone; no weights are loaded. Exit code 1 "
         "where it does not fit.",
     )
     plan.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
-    plan.add_argument("--gpu", required=True, metavar="NAME", help="rtx4090, a100-80gb, ..., cpu, or auto: this machine's")
+    plan.add_argument(
+        "--gpu", required=True, metavar="NAME", help="rtx4090, a100-80gb, ..., cpu, or auto: this machine's"
+    )
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="how many of them, one process each")
     plan.add_argument("--memory", metavar="24GiB", help="memory of the device, in place of its own")
     plan.add_argument("--host-memory", metavar="64GiB", help="memory of the host; default: this machine's")

@@ -136,7 +136,7 @@ UNITS = {"kib": 2**10, "mib": MIB, "gib": GIB, "tib": 2**40, "kb": 1e3, "mb": 1e
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """"64GiB" or "24 GB" as bytes; raises FastftError naming the option."""
+    """ "64GiB" or "24 GB" as bytes; raises FastftError naming the option."""
     lowered = text.strip().lower()
     unit = next((u for u in UNITS if lowered.endswith(u)), None)
     try:

@@ -86,8 +86,8 @@ class Memory:
     def _base(self, *, training: bool) -> tuple[Counter[str], Counter[str]]:
         """The base's weights on the device and on the host.
 
-        Before there is a trainer every rank holds them whole, or with offload_param the layers on the host, of which two
-        visit the device. Then ZeRO-3 deals them out and gathers what is at work.
+        Before there is a trainer every rank holds them whole, or with offload_param the layers on the host, of which
+        two visit the device. Then ZeRO-3 deals them out and gathers what is at work.
         """
         c, d = self.counts, self.config.deepspeed
         device, host = Counter(), Counter()
@@ -119,9 +119,7 @@ class Memory:
         device["adapters"] += c.added * b // (self.ranks if d.zero_stage == 3 else 1)
         has_master = d.zero_stage > 0 or b == 2
         held["optimizer"] += (4 * share if has_master else 0) + optimizer_state_bytes(self.config, c, share)
-        if d.zero_stage == 0:
-            device["gradients"] += n * b
-        elif d.zero_stage == 1:
+        if d.zero_stage == 0 or d.zero_stage == 1:
             device["gradients"] += n * b
         else:
             held["gradients"] += share * b

@@ -10,11 +10,11 @@ from typing import Any
 import psutil
 from transformers import PretrainedConfig
 
-from fastft.config import Config, flatten
+from fastft.config import Config
 from fastft.plan import architecture, hardware
 from fastft.plan.architecture import Counts
 from fastft.plan.hardware import Device
-from fastft.plan.memory import Memory, Phase, optimizer_kind
+from fastft.plan.memory import Memory, Phase, base_bytes, optimizer_kind
 from fastft.plan.roofline import Roofline
 from fastft.plan.trace import Tracer
 from fastft.plan.workload import Workload, estimate
@@ -174,16 +174,30 @@ class Planner:
 
         Equal: within a hundredth. None where none fits.
         """
-        best: tuple[tuple, dict[str, Any], Plan] | None = None
-        for chosen in itertools.product(*self._axes()):
-            change = {key: value for part in chosen for key, value in part.items()}
-            plan = self.plan(apply(self.config, change))
-            if not plan.fits:
+        combinations = (
+            {k: v for part in chosen for k, v in part.items()} for chosen in itertools.product(*self._axes())
+        )
+        timed = sorted(((self._run_time(change), change) for change in combinations), key=lambda item: item[0])
+        best: tuple[float, dict[str, Any], Plan] | None = None
+        for seconds, change in timed:
+            if best is not None and seconds > 1.01 * best[0]:
+                break
+            changed = apply(self.config, change)
+            if (best is not None and len(change) >= len(best[1])) or self._base_is_too_large(changed):
                 continue
-            order = (plan.run_time_s, len(change))
-            if best is None or (order[0] < 0.99 * best[0][0]) or (order[0] < 1.01 * best[0][0] and order[1] < best[0][1]):
-                best = order, change, plan
+            plan = self.plan(changed)
+            if plan.fits:
+                best = (best[0] if best else seconds), change, plan
         return None if best is None else best[1:]
+
+    def _run_time(self, change: dict[str, Any]) -> float:
+        roofline = Roofline(apply(self.config, change), self.counts, self.workload, self.device, self.ranks)
+        return sum(roofline.phases(sum(roofline.step().values())).values())
+
+    def _base_is_too_large(self, config: Config) -> bool:
+        """Whether the base alone does not fit, which saves looking further."""
+        offloads = config.deepspeed.offload_param == "cpu" and not self.device.is_cpu
+        return not offloads and sum(base_bytes(self.counts, config)) > self.device.memory
 
 
 def _halves(size: int) -> list[int]:

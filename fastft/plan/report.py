@@ -9,8 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from fastft.config import Config
-from fastft.plan.memory import PARTS, Phase
+from fastft.plan.memory import PARTS
 from fastft.plan.planner import Plan, Planner, apply
 from fastft.plan.roofline import STEP_PARTS
 
@@ -84,7 +83,11 @@ def show(plan: Plan, source: str, rows: list[dict[str, Any]], suggestion: dict[s
 
 def _head(plan: Plan, source: str) -> Group:
     c, w, config = plan.counts, plan.workload, plan.config
-    held = config.model.dtype if config.model.quantization == "none" else f"{config.model.quantization} + {config.model.dtype}"
+    held = (
+        config.model.dtype
+        if config.model.quantization == "none"
+        else f"{config.model.quantization} + {config.model.dtype}"
+    )
     device = f"{plan.ranks} x {plan.device.title}" if plan.ranks > 1 else plan.device.title
     lines = [
         f"model      {config.model.name_or_path}  {c.parameters:,} parameters  {held}  ({source})",
@@ -104,7 +107,9 @@ def _gib(count: int) -> str:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, min_width=56)
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, min_width=56
+    )
 
 
 def _memory(plan: Plan) -> Table:

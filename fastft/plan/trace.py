@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ class Pass:
     """One forward over a pack, and its backward where something is trained.
 
     lengths: tokens of the sequences in the pack. targets: rows that go through the head. capture: the pack is a context
-    whose keys and values are kept. loss: "kl" against the teacher's hidden states, "ce", or "none". recomputed: how many
-    decoder layers keep their input alone (train.activation_checkpointing).
+    whose keys and values are kept. loss: "kl" against the teacher's hidden states, "ce", or "none". recomputed: how
+    many decoder layers keep their input alone (train.activation_checkpointing).
     """
 
     lengths: tuple[int, ...]
@@ -114,23 +115,28 @@ WORKSPACES = {
 
 
 class Tracer:
-    """Traces of passes through one model, each pass once."""
+    """Traces of passes through one model; each pass is traced once in a process."""
+
+    _known: ClassVar[dict[tuple, dict[str, int]]] = {}
 
     def __init__(self, model_config: PretrainedConfig, peft: PeftConfig, dtype: str, num_labels: int | None):
         self.model_config, self.peft, self.dtype, self.num_labels = model_config, peft, dtype, num_labels
         self.layers = model_config.get_text_config().num_hidden_layers
-        self._found = functools.lru_cache(maxsize=None)(self._trace)
+        self._key = (model_config.to_json_string(), peft.model_dump_json(), dtype, num_labels)
 
     def peak(self, job: Pass) -> dict[str, int]:
         """Bytes by category when their sum is highest, weights and their gradients left out."""
-        return dict(self._found(job))
+        key = (*self._key, job)
+        if key not in self._known:
+            self._known[key] = dict(self._trace(job))
+        return self._known[key]
 
     def _trace(self, job: Pass) -> Counter[str]:
         if 0 < job.recomputed < self.layers:  # some of the layers: what is kept lies in between, and both kinds live
-            none, all_layers = (self._found(replace(job, recomputed=n)) for n in (0, self.layers))
+            none, every = (Counter(self.peak(replace(job, recomputed=n))) for n in (0, self.layers))
             share = job.recomputed / self.layers
-            kept = int((1 - share) * none[ACTIVATIONS] + share * all_layers[ACTIVATIONS])
-            return Counter({**(none | all_layers), ACTIVATIONS: kept})
+            kept = int((1 - share) * none[ACTIVATIONS] + share * every[ACTIVATIONS])
+            return Counter({**(none | every), ACTIVATIONS: kept})
         if self.layers <= 3:
             return self._run(job, self.layers)
         two, three = self._run(job, 2), self._run(job, 3)

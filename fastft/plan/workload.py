@@ -16,8 +16,15 @@ from fastft.methods import distill, icl
 from fastft.methods.evaluation import QuestionSet
 from fastft.models import loading
 from fastft.models.text import Text
-from fastft.tasks import Document, Example, Question, load_documents, sample_demonstrations, select, select_pattern
-from fastft.tasks import select_tasks
+from fastft.tasks import (
+    Document,
+    Example,
+    Question,
+    load_documents,
+    select,
+    select_pattern,
+    select_tasks,
+)
 
 CHARACTERS_PER_TOKEN = 4  # of English text, where the tokenizer is not at hand
 EXAMPLE_TOKENS = 128  # a classification query, where the data are not
@@ -135,7 +142,9 @@ def _documents(config: Config, text: Any, tokenizer: str, positions: int | None)
         documents = select(load_documents(data), data.documents)
         how = f"{len(documents)} document{'s' if len(documents) > 1 else ''}, {tokenizer}"
     except DataError:
-        question = Question("q" * CHARACTERS_PER_TOKEN * QUESTION_TOKENS, ("a" * CHARACTERS_PER_TOKEN * ANSWER_TOKENS,) * 2)
+        question = Question(
+            "q" * CHARACTERS_PER_TOKEN * QUESTION_TOKENS, ("a" * CHARACTERS_PER_TOKEN * ANSWER_TOKENS,) * 2
+        )
         room = data.window.tokens or positions or 2048
         filler = "word" * (CHARACTERS_PER_TOKEN // 4) * room
         documents = [Document("?", "", filler, (question,) * QUESTIONS)]

@@ -88,7 +88,7 @@ def test_published_models(name, parameters):
 def test_opt_30b():
     """The figures of a count by hand: shapes of 48 layers of 7,168 with a vocabulary of 50,272."""
     H, F, L, V = 7168, 28672, 48, 50272
-    c, counts = opt_30b(peft={"kind": "lora", "r": 16})
+    _, counts = opt_30b(peft={"kind": "lora", "r": 16})
     assert counts.parameters == 29_974_540_288
     assert counts.linear == counts.quantisable == L * (4 * H * H + 2 * H * F) == 29_595_009_024
     assert (counts.layers, counts.hidden, counts.head) == (L, H, V * H)
