@@ -66,7 +66,8 @@ class Memory:
         self.itemsize = ITEMSIZE[config.model.dtype]
 
     def phases(self) -> list[Phase]:
-        found = [self._frozen("teach", trained=False)]
+        found = [] if self.device.is_cpu else [self._load()]
+        found.append(self._frozen("teach", trained=False))
         if self.config.method != "icl":
             found += [self._train(), self._frozen("evaluate", trained=True)]
         return [p for p in found if p]
@@ -82,6 +83,16 @@ class Memory:
         device["runtime"] = RUNTIME[kind]
         ordered = {part: device[part] for part in PARTS if device[part]}
         return Phase(name, ordered, {part: host[part] for part in PARTS if host[part]})
+
+    def _load(self) -> Phase:
+        """A plain checkpoint is on the host as a whole before it goes to the device, a quantised one layer by layer."""
+        c = self.counts
+        device, host = self._base(training=False)
+        if self.config.model.quantization == "none":
+            host["base"] = c.parameters * self.itemsize
+        else:
+            host["base"] += c.in_layers // c.layers * 4
+        return self._finish("load", device, host)
 
     def _base(self, *, training: bool) -> tuple[Counter[str], Counter[str]]:
         """The base's weights on the device and on the host.
