@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     plan = commands.add_parser(
         "plan",
         help="memory and time of a config on a device, and what to change where it does not fit",
-        usage="fastft plan --cfg FILE --gpu NAME [--gpus N] [--memory 24GiB] [--host-memory 64GiB] [--out FILE] [--json] "
-        "[key.sub=value ...]",
+        usage="fastft plan --cfg FILE --gpu NAME [--gpus N] [--memory 24GiB] [--host-memory 64GiB] [--out FILE] "
+        "[--json] [key.sub=value ...]",
         description="Counts bytes and operations of a run from its config alone; no weights are loaded. Exit code 1 "
         "where it does not fit.",
     )

@@ -126,8 +126,8 @@ class Planner:
         if optimizer_kind(config).endswith("_8bit") and config.peft.kind == "bitfit":
             saved = 6 * self.counts.trained / 2**20
             yield (
-                f"train.optimizer={config.train.optimizer}: 8-bit states of BitFit's {self.counts.trained:,} parameters "
-                f"save {saved:.0f} MiB, which is nothing beside the base; use auto"
+                f"train.optimizer={config.train.optimizer}: 8-bit states of BitFit's {self.counts.trained:,} "
+                f"parameters save {saved:.0f} MiB, which is nothing beside the base; use auto"
             )
 
     def changes(self) -> list[dict[str, Any]]:
