@@ -1,6 +1,6 @@
 """What the planner counts against what runs take: peak memory of the first process, seconds of an optimizer step.
 
-python benchmarks/plan_check.py --json plan.json [--only lora] [--threads 1]
+python benchmarks/plan_check.py --threads 1 --json docs/benchmarks/plan-cpu.json [--only lora]
 
 Every case is a whole run (`fastft train`, for two processes through the `deepspeed` launcher) of a random-weight OPT of
 a published size on a text of a thousand tokens, and its plan is made before the run starts, as `fastft plan --gpu
@@ -26,6 +26,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import random_model
 
+import fastft
 from fastft.config import Config, DataConfig, set_value, validate
 from fastft.plan import planner
 from fastft.tasks import load_documents
@@ -119,7 +120,7 @@ def run(config: Config, case: Case, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "fastft.cli", "train", "--cfg", str(path)]
     if case.processes > 1:
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(case.processes)]
-        command = [*launcher, "--module", "fastft.cli", "train", "--cfg", str(path)]
+        command = [*launcher, str(Path(fastft.__file__).with_name("train.py")), "--cfg", str(path)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
@@ -166,13 +167,12 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     p.add_argument("--only", default="", help="only cases whose name contains this")
-    p.add_argument("--skip", type=int, default=0, help="leave out so many cases at the beginning")
     p.add_argument("--threads", type=int, help="threads of each process (default: as a run has)")
     a = p.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_documents(Path(folder) / "documents.jsonl")
-        for case in CASES[a.skip :]:
+        for case in CASES:
             if a.only in case.name:
                 rows.append(check(case, Path(folder), a.threads))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

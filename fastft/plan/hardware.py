@@ -88,12 +88,16 @@ def this_device(dtype: str) -> Device | None:
     """The device that this process computes on; None for a GPU that is not in the table."""
     if not torch.cuda.is_available():
         return _cpu(dtype)
-    name = torch.cuda.get_device_name().lower()
-    # "NVIDIA A10G" and "NVIDIA H100 PCIe" are other cards than those of the table.
-    fitting = [gpu for gpu in GPUS.values() if _words(gpu.title) == _words(name) or _words(gpu.title) <= _words(name)]
     memory = torch.cuda.get_device_properties(0).total_memory
-    fitting = [gpu for gpu in fitting if abs(gpu.memory - memory) < 0.1 * memory and "pcie" not in name]
-    return replace(fitting[0], memory=memory) if fitting else None
+    found = known_gpu(torch.cuda.get_device_name(), memory)
+    return found and replace(found, memory=memory)
+
+
+def known_gpu(name: str, memory: int) -> Device | None:
+    """The GPU of the table that torch calls `name` and that has about `memory` bytes; an A10G is not an A10."""
+    words = _words(name)
+    fitting = (g for g in GPUS.values() if _words(g.title) == words and abs(g.memory - memory) < 0.1 * memory)
+    return next(fitting, None)
 
 
 def unknown_gpu() -> Device:
@@ -103,8 +107,8 @@ def unknown_gpu() -> Device:
 
 
 def _words(title: str) -> set[str]:
-    """What tells cards apart in a title, however it is spelled."""
-    ignored = {"nvidia", "geforce", "gb", "sxm", "40", "80", "hbm3"}
+    """What tells cards apart in a title, however it is spelled; their memory is compared apart."""
+    ignored = {"nvidia", "geforce", "gb", "40", "80", "40gb", "80gb", "hbm3", "sxm", "sxm4", "sxm5"}
     return set(title.lower().replace("-", " ").split()) - ignored
 
 

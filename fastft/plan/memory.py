@@ -111,7 +111,7 @@ class Memory:
             kept = c.small * self.itemsize  # whole on every rank
             (host if offloads else device)["base"] = (whole - kept) // self.ranks
             device["base"] += kept
-            device["communication"] = min(c.parameters - c.small, LIVE_PARAMETERS) * whole // c.parameters
+            device["communication"] = self._gathered(whole)
         elif offloads and not training and not self.device.is_cpu:
             host["base"] = layers
             device["base"] = whole - layers
@@ -119,6 +119,13 @@ class Memory:
         else:
             device.update(base=weights, scales=scales)
         return device, host
+
+    def _gathered(self, whole: int) -> int:
+        """Bytes of what ZeRO-3 has gathered; what arrives lies in a buffer until each parameter is copied out of it."""
+        c = self.counts
+        live = min(c.parameters - c.small, LIVE_PARAMETERS)
+        arriving = max(c.head, c.in_layers // c.layers) + min(c.parameters, PREFETCH)
+        return (live + arriving) * whole // c.parameters
 
     def _trained(self) -> tuple[Counter[str], Counter[str], int]:
         """What the trained parameters cost between steps, and the bytes that an optimizer step takes besides."""
@@ -226,6 +233,7 @@ class Memory:
 
 
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many may be gathered at a time
+PREFETCH = 5 * 10**7  # stage3_prefetch_bucket_size: so many are fetched ahead
 BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
 
 

@@ -225,6 +225,26 @@ def test_mistakes_are_named(capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "gib", "found"),
+    [
+        ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, None),
+        ("NVIDIA GeForce RTX 3090 Ti", 24, None),
+        ("NVIDIA A10", 22.5, "a10"),
+        ("NVIDIA A10G", 22.5, None),
+        ("NVIDIA A100-SXM4-80GB", 80, "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", 40, "a100-40gb"),
+        ("NVIDIA H100 80GB HBM3", 79.6, "h100"),
+        ("NVIDIA H100 PCIe", 79.6, None),
+        ("NVIDIA H200", 139.8, "h200"),
+    ],
+)
+def test_this_machines_card_is_found_in_the_table(name, gib, found):
+    gpu = hardware.known_gpu(name, int(gib * 2**30))
+    assert (gpu and gpu.name) == found
+
+
 @pytest.mark.parametrize(("text", "nbytes"), [("64GiB", 2**36), ("24 GB", 24e9), ("0.5 TiB", 2**39), ("512mib", 2**29)])
 def test_bytes_with_units(text, nbytes):
     assert hardware.parse_bytes(text, "--memory") == nbytes
