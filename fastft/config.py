@@ -463,12 +463,13 @@ class TrainConfig(Section):
 
 class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage")
-    offload_optimizer: Literal["none", "cpu"] = Field("none", description="where optimizer states live")
-    offload_param: Literal["none", "cpu"] = Field(
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where optimizer states live")
+    offload_param: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu: stage 3 keeps parameters in host memory; before training, and for icl, each decoder layer "
-        "visits the device once a phase and runs over everything there is to compute",
+        description="cpu, nvme: stage 3 keeps parameters in host memory or on disk; before training, and for icl, each "
+        "decoder layer visits the device once a phase and runs over everything there is to compute",
     )
+    nvme_path: str | None = Field(None, description="offloading to nvme: a folder on a fast local disk")
     config_file: str | None = Field(None, description="a DeepSpeed JSON file merged over the derived one")
     threads_per_rank: PositiveInt | None = Field(
         None, description="CPU threads of each process; null: the cores divided among the local processes"
@@ -480,6 +481,15 @@ class DeepSpeedConfig(Section):
             raise ValueError(f"offload_param needs zero_stage=3, got {self.zero_stage}")
         if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, got 0")
+        if self.offload_optimizer == "nvme" and self.zero_stage != 3:
+            raise ValueError(f"offload_optimizer=nvme needs zero_stage=3, got {self.zero_stage}; use cpu")
+        to_nvme = "nvme" in (self.offload_param, self.offload_optimizer)
+        if to_nvme != (self.nvme_path is not None):
+            raise ValueError(
+                "offloading to nvme needs nvme_path, a folder on a fast local disk"
+                if to_nvme
+                else f"nvme_path={self.nvme_path} is not used: neither offload_param nor offload_optimizer is nvme"
+            )
         return self
 
 

@@ -148,7 +148,7 @@ def launch(tmp_path):
         path = tmp_path / f"config-{len(list(tmp_path.glob('config-*')))}.yaml"
         path.write_text(yaml.safe_dump(raw), encoding="utf-8")
         if processes > 1:
-            return _launch(["--cfg", str(path), *overrides], processes, tmp_path)
+            return launch_processes(["--cfg", str(path), *overrides], processes, tmp_path)
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         out, err = io.StringIO(), io.StringIO()
         try:
@@ -169,13 +169,16 @@ def clean_environment() -> dict[str, str]:
     return {**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def _launch(arguments: list[str], processes: int, folder: Path) -> Result:
+def launch_processes(
+    arguments: list[str], processes: int, folder: Path, *, script: Path = ROOT / "fastft" / "train.py"
+) -> Result:
+    """Run a script through the deepspeed launcher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = ["--num_gpus" if torch.cuda.is_available() else "--num_accelerators", str(processes)]
     module = [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--master_port", str(port)]
-    command = [*module, str(ROOT / "fastft" / "train.py"), *arguments]
+    command = [*module, str(script), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=clean_environment(), cwd=folder, check=False
     )

@@ -74,7 +74,9 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
         model = loading.load_model(path, attention=m.attention, dropout=m.dropout, **source)
         fingerprint = loading.fingerprint(model)
     else:
-        files = loading.quantized_files(path, kind=m.quantization, cache_dir=config.cache_path, **source)
+        files = loading.quantized_files(
+            path, kind=m.quantization, cache_dir=config.cache_path, device=ranks.device, **source
+        )
         quantize(files, ranks, out)
         model = loading.prepare_model(files.load(), path, attention=m.attention, dropout=m.dropout)
         fingerprint = loading.fingerprint(model, files.digest())

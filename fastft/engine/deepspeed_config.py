@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
 from fastft.config import Config
 from fastft.errors import ConfigError
 
@@ -35,10 +37,11 @@ def derive(config: Config, world_size: int, trained: int = 0) -> dict[str, Any]:
     """
     ds = config.deepspeed
     zero: dict[str, Any] = {"stage": ds.zero_stage}
-    if ds.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": ds.offload_optimizer, "pin_memory": False}
-    if ds.offload_param != "none":
-        zero["offload_param"] = {"device": ds.offload_param, "pin_memory": False}
+    for key, device in (("offload_optimizer", ds.offload_optimizer), ("offload_param", ds.offload_param)):
+        if device != "none":
+            zero[key] = {"device": device, "pin_memory": False}
+        if device == "nvme":
+            zero[key]["nvme_path"] = _nvme_folder(key, ds.nvme_path)
     if trained:
         zero["reduce_bucket_size"] = min(trained, REDUCE_BUCKET)
     derived = {
@@ -57,6 +60,21 @@ def derive(config: Config, world_size: int, trained: int = 0) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
     }
     return merge(derived, _read(ds.config_file)) if ds.config_file else derived
+
+
+def _nvme_folder(key: str, path: str) -> str:
+    """The folder that DeepSpeed swaps to; raises ConfigError where it cannot."""
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            f"deepspeed.{key}=nvme needs DeepSpeed's async_io op, compiled against libaio: install its headers "
+            "(Debian, Ubuntu: apt install libaio-dev), or offload to cpu"
+        )
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"deepspeed.nvme_path={path}: cannot be written: {error.strerror}") from None
+    return str(folder)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

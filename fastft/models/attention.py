@@ -305,21 +305,26 @@ def _attend_own(
     backend: flash.Backend | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Every sequence's attention to itself: out [1, T, H, D], lse [1, T, H], or None where no prefix needs it."""
-    if backend is not None and packed.cache is None and packed.tree is None:
+    if backend is not None and packed.cache is None and packed.branching is None:
         ragged = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
         out, lse = backend.block_causal(*ragged, packed.cu_seqlens, packed.longest, scale=scale)
         return out[None], lse.t()[None]
     # Padding is on the right, so the causal mask hides it from every real token.
     if packed.cache is not None:
         out, lse = _attend_cached(q, k, v, packed, layer, scale)
-    elif packed.prefixes is None and packed.tree is None:
+    elif packed.prefixes is None and packed.branching is None:
         q, k, v = (_pad(x, packed) for x in (q, k, v))
         return _unpad(causal_attention(q, k, v, scale=scale, dropout=dropout), packed), None
     else:
         repeats = q.shape[1] // k.shape[1]
         k, v = (_pad(x, packed).repeat_interleave(repeats, 1) for x in (k, v))
         out, lse = attention_with_lse(
-            _pad(q, packed), k, v, scale=scale, is_causal=packed.tree is None, mask=packed.tree
+            _pad(q, packed),
+            k,
+            v,
+            scale=scale,
+            is_causal=packed.branching is None,
+            mask=None if packed.branching is None else packed.tree,
         )
     return _unpad(out, packed), _unpad(lse[..., None], packed).squeeze(-1)
 

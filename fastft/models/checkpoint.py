@@ -90,13 +90,15 @@ class StoredWeights:
 
 
 class RandomWeights:
-    """The parameters of a model drawn as the model draws them, each module from a seed of its own."""
+    """The parameters of a model drawn as the model draws them, on a device, each module from a seed of its own."""
 
-    def __init__(self, model: PreTrainedModel, seed: int):
-        self.model, self.seed = model, seed
+    def __init__(self, model: PreTrainedModel, seed: int, device: torch.device):
+        self.model, self.seed, self.device = model, seed, device
 
     def identity(self) -> str:
-        described = json.dumps([self.seed, self.model.config.to_diff_dict()], sort_keys=True, default=str)
+        # Devices draw differently.
+        drawn = [self.seed, self.device.type, self.model.config.to_diff_dict()]
+        described = json.dumps(drawn, sort_keys=True, default=str)
         return hashlib.sha256(described.encode()).hexdigest()
 
     def parameters(self, module: nn.Module, prefix: str, recurse: bool) -> Iterator[tuple[str, Tensor]]:
@@ -106,11 +108,11 @@ class RandomWeights:
                 continue
             drawn = copy.copy(part)
             drawn._parameters = {
-                n: p if p is None else nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=False)
+                n: p if p is None else nn.Parameter(torch.empty_like(p, device=self.device), requires_grad=False)
                 for n, p in part._parameters.items()
             }
             drawn._modules = {}
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:7], "big"))
                 self.model._init_weights(drawn)
             for n in own:

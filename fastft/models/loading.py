@@ -126,12 +126,13 @@ def quantized_files(
     kind: str,
     dtype: str,
     cache_dir: Path,
+    device: torch.device | str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
     random_weights: bool = False,
     seed: int = 0,
 ) -> QuantizedFiles:
-    """Where the base's quantised weights are, or will be; no weight is read yet."""
+    """Where the base's quantised weights are, or will be; no weight is read yet. device: what quantises them."""
     torch_dtype = getattr(torch, dtype)
     with _explained(path):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
@@ -142,10 +143,12 @@ def quantized_files(
             )
         model = empty_model(config, torch_dtype, trust_remote_code)
         if random_weights:
-            weights = RandomWeights(model, seed)
+            weights = RandomWeights(model, seed, torch.device(device))
         else:
             weights = StoredWeights(model, Checkpoint(_weights_folder(path, revision)))
-    return QuantizedFiles(model, weights, kind=kind, dtype=torch_dtype, cache_dir=cache_dir)
+    return QuantizedFiles(
+        model, weights, kind=kind, dtype=torch_dtype, cache_dir=cache_dir, device=torch.device(device)
+    )
 
 
 def _weights_folder(path: str, revision: str | None) -> Path:

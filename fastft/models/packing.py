@@ -16,6 +16,8 @@ Shapes: T packed tokens, B sequences, L the longest of them, G key/value heads, 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 
@@ -135,13 +137,21 @@ class Branching:
     """Rows of a pack whose sequences are trunks with branches, in the CPU's memory.
 
     parts: how many a sequence has, the trunk included; cu_parts int32 [P + 1]: where they begin and end.
+    number, positions [T]: of each token its branch, 0 before branches; its place in a sequence that has that one alone.
     trunk_rows, branch_rows: rows of the sequences that have branches; cu_trunks, cu_branches: where each one's end.
     """
 
     def __init__(self, trunks: list[int], branches: list[list[int]]):
-        self.parts = [1 + len(ends) for ends in branches]
-        lengths = [n for trunk, ends in zip(trunks, branches, strict=True) for n in (trunk, *ends)]
+        by_sequence = [(trunk, *ends) for trunk, ends in zip(trunks, branches, strict=True)]
+        self.parts = [len(own) for own in by_sequence]
+        lengths = [n for own in by_sequence for n in own]
         self.cu_parts = _offsets(lengths)
+        of_part = [(i, own[0] if i else 0) for own in by_sequence for i in range(len(own))]
+        size = torch.tensor(lengths)
+        number, first = torch.tensor(of_part).t()
+        self.number = torch.repeat_interleave(number, size)
+        begin = torch.repeat_interleave(self.cu_parts[:-1] - first, size)
+        self.positions = torch.arange(int(size.sum())) - begin
         trunk_rows, branch_rows, sizes, start = [], [], [], 0
         for trunk, ends in zip(trunks, branches, strict=True):
             middle, stop = start + trunk, start + trunk + sum(ends)
@@ -203,55 +213,71 @@ class PackedSequences:
         self.prefixes = prefixes
         self.cache = cache
         self.capture = capture
+        self.device = torch.device(device)
         length = torch.tensor(lengths)
         self.longest = int(length.max())
-        bounds = F.pad(torch.cumsum(length, 0), (1, 0))
-        starts = bounds[:-1]
-        self.cu_seqlens = bounds.to(device, torch.int32)  # [B + 1]: sequence i is tokens cu_seqlens[i] to [i + 1]
-        offset = torch.arange(self.longest)
-        row = torch.repeat_interleave(torch.arange(len(lengths)), length)
-        column = torch.arange(int(length.sum())) - starts[row]
-        # to_padded: packed index of each padded slot (a slot past a sequence's end repeats its last token, whose
-        # result is never read); to_packed: padded slot of each packed token.
-        to_padded = starts[:, None] + torch.minimum(offset, length[:, None] - 1)
-        self.to_padded = to_padded.flatten().to(device)
-        self.to_packed = (row * self.longest + column).to(device)
         self.is_uniform = min(lengths) == self.longest
-        positions = column
-        self.tree: torch.Tensor | None = None  # [B, 1, L, L]: a query sees what comes before it, but no other branch
-        self.branching: Branching | None = None  # the same by rows
-        if branches is not None:
-            self.branching = Branching(trunks, branches)
-            parts = [(trunk, *ends) for trunk, ends in zip(trunks, branches, strict=True)]
-            first = [0 if i == 0 else trunk for trunk, *ends in parts for i in range(len(ends) + 1)]
-            sizes = [n for part in parts for n in part]
-            positions = torch.cat([torch.arange(n) + at for at, n in zip(first, sizes, strict=True)])
-            number = torch.cat([torch.repeat_interleave(torch.tensor(part)) for part in parts])  # 0: before branches
-            number = number[to_padded]
-            same = (number[:, None, :] == 0) | (number[:, None, :] == number[:, :, None])
-            self.tree = (same & (offset <= offset[:, None]))[:, None].to(device)
+        bounds = _offsets(lengths)
+        self.cu_seqlens = bounds.to(device)  # [B + 1]: sequence i is tokens cu_seqlens[i] to [i + 1]
+        # Of each packed token: its sequence, and its place there.
+        self._row = torch.repeat_interleave(torch.arange(len(lengths)), length)
+        self._column = torch.arange(int(length.sum())) - bounds[:-1][self._row]
+        self.branching = None if branches is None else Branching(trunks, branches)
+        positions = self._column if branches is None else self.branching.positions
         if prefixes is not None:
             before = [p.length for p, n in prefixes for _ in range(n)]
-            positions = positions + torch.tensor(before)[row]
+            positions = positions + torch.tensor(before)[self._row]
         positions = positions.to(device)
         if cache is not None:
             if cache.lengths is None:
                 cache.lengths = torch.zeros(len(lengths), dtype=torch.long, device=device)
-            positions = positions + cache.lengths[row.to(device)]  # `advance` moves it once the forward is done
-        self.position_ids = positions[None]
-        if cache is not None:
-            row, column = row.to(device), column.to(device)
+            row, column = self._row.to(device), self._column.to(device)
+            positions = positions + cache.lengths[row]  # `advance` moves it once the forward is done
             self.cache_slots = (row, cache.lengths[row] + column)
-            last = cache.lengths[:, None] + torch.arange(self.longest, device=device)  # slot of each padded query
-            self.seen = int(cache.lengths.max()) + self.longest
             # Keys of each sequence in the cache, the new ones included.
-            self.seqused = (cache.lengths + torch.tensor(lengths, device=device)).int()
-            # [B, 1, L, seen]: a query sees its own sequence's slots up to its own.
-            self.visible = (torch.arange(self.seen, device=device) <= last[:, :, None])[:, None]
+            self.seqused = (cache.lengths + length.to(device)).int()
+        self.position_ids = positions[None]
+
+    # What padded attention needs: each sequence in a row of `longest` slots.
+
+    @cached_property
+    def to_padded(self) -> torch.Tensor:
+        """Packed index of each padded slot [B * L]; past a sequence's end its last token again, which is never read."""
+        return self._padded.flatten().to(self.device)
+
+    @cached_property
+    def to_packed(self) -> torch.Tensor:
+        """Padded slot of each packed token [T]."""
+        return (self._row * self.longest + self._column).to(self.device)
+
+    @cached_property
+    def _padded(self) -> torch.Tensor:
+        length = torch.tensor(self.lengths)[:, None]
+        return (length.cumsum(0) - length) + torch.minimum(torch.arange(self.longest), length - 1)
+
+    @cached_property
+    def tree(self) -> torch.Tensor:
+        """[B, 1, L, L], true where a query may see a key: what comes before it, but no other branch."""
+        number = self.branching.number[self._padded]
+        same = (number[:, None, :] == 0) | (number[:, None, :] == number[:, :, None])
+        offset = torch.arange(self.longest)
+        return (same & (offset <= offset[:, None]))[:, None].to(self.device)
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """[B, 1, L, seen], true where a query may see a slot of the cache: its own sequence's, up to its own."""
+        last = self.seqused[:, None] - torch.tensor(self.lengths, device=self.device)[:, None]
+        last = last + torch.arange(self.longest, device=self.device)  # slot of each padded query
+        return (torch.arange(self.seen, device=self.device) <= last[:, :, None])[:, None]
+
+    @cached_property
+    def seen(self) -> int:
+        """Slots of the cache that any query sees."""
+        return int((self.seqused - torch.tensor(self.lengths, device=self.device)).max()) + self.longest
 
     @property
     def takes_gradient(self) -> bool:
-        return self.prefixes is None and self.cache is None and self.tree is None
+        return self.prefixes is None and self.cache is None and self.branching is None
 
     def extend_cache(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeyValue:
         """Write this pack's keys and values [T, G, D] behind those of their sequences; returns [B, capacity, G, D]."""

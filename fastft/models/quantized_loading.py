@@ -62,9 +62,13 @@ class QuantizedFiles:
         kind: str,
         dtype: torch.dtype,
         cache_dir: Path,
+        device: torch.device,
     ):
-        """model: empty, as `empty_model` makes it. dtype: of arithmetic, and of what is not quantised."""
-        self.model, self.weights, self.kind, self.dtype = model, weights, kind, dtype
+        """model: empty, as `empty_model` makes it. dtype: of arithmetic, and of what is not quantised.
+
+        device: where weights are quantised.
+        """
+        self.model, self.weights, self.kind, self.dtype, self.device = model, weights, kind, dtype, device
         self.layers = decoder_layers(model)
         if not self.layers:
             raise ModelError(f"model.quantization={kind}: {type(model).__name__} does not name its decoder layers")
@@ -170,8 +174,8 @@ class QuantizedFiles:
         layer, _, kind = name.rpartition(".")
         if kind == "weight" and layer in self.linears:
             # From what the checkpoint says, not from its rounding to the dtype of arithmetic.
-            return f"{layer}.packed", quantize(tensor, self.kind)
-        return name, tensor.to(self.dtype).contiguous()
+            return f"{layer}.packed", quantize(tensor.to(self.device), self.kind).cpu()
+        return name, tensor.to("cpu", self.dtype).contiguous()
 
     def _check_room(self) -> None:
         there = sum(p.stat().st_size for p in self.folder.glob("*.safetensors"))

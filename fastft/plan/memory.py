@@ -103,13 +103,14 @@ class Memory:
         c, d = self.counts, self.config.deepspeed
         device, host = Counter(), Counter()
         weights, scales = base_bytes(c, self.config)
-        whole, offloads = weights + scales, d.offload_param == "cpu"
+        whole, offloads = weights + scales, d.offload_param != "none"
         layers = whole - (c.parameters - c.in_layers) * self.itemsize
         if scales:
             device["dequantised"] = TILE_BYTES["cpu" if self.device.is_cpu else "cuda"]
         if training and d.zero_stage == 3 and (self.ranks > 1 or offloads):
             kept = c.small * self.itemsize  # whole on every rank
-            (host if offloads else device)["base"] = (whole - kept) // self.ranks
+            if d.offload_param != "nvme":
+                (host if offloads else device)["base"] = (whole - kept) // self.ranks
             device["base"] += kept
             device["communication"] = self._gathered(whole)
         elif offloads and not training and not self.device.is_cpu:
@@ -132,7 +133,7 @@ class Memory:
         c, d, b = self.counts, self.config.deepspeed, self.itemsize
         n, share = c.trained, -(-c.trained // (self.ranks if d.zero_stage else 1))
         device, host = Counter(), Counter()
-        held = host if d.offload_optimizer == "cpu" else device
+        held = {"none": device, "cpu": host, "nvme": Counter()}[d.offload_optimizer]
         device["adapters"] += c.bias_copies * b
         device["adapters"] += c.added * b // (self.ranks if d.zero_stage == 3 else 1)
         has_master = d.zero_stage > 0 or b == 2
@@ -188,7 +189,7 @@ class Memory:
         if self.config.model.prefix == "host" and not self.device.is_cpu:
             host["prefix"] += moment["prefix"]
             moment["prefix"] = 2 * moment["prefix"] // self.counts.layers  # the layer at work and the next
-        if not trained and self.config.deepspeed.offload_param == "cpu":
+        if not trained and self.config.deepspeed.offload_param != "none":
             # Everything goes through one layer before the next: hidden states wait on the host, of the contexts' keys
             # and values there is one layer, unless answers are generated behind them.
             tokens = sum(self.workload.contexts) + sum(self.workload.sequences)

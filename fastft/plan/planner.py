@@ -196,7 +196,7 @@ class Planner:
 
     def _base_is_too_large(self, config: Config) -> bool:
         """Whether the base alone does not fit, which saves looking further."""
-        offloads = config.deepspeed.offload_param == "cpu" and not self.device.is_cpu
+        offloads = config.deepspeed.offload_param != "none" and not self.device.is_cpu
         return not offloads and sum(base_bytes(self.counts, config)) > self.device.memory
 
 

@@ -144,8 +144,8 @@ class Roofline:
         d = self.config.deepspeed
         if self.device.is_cpu:
             return 0.0
-        nbytes = passes * self.weights / self.ranks if d.offload_param == "cpu" else 0.0
-        if d.offload_optimizer == "cpu":
+        nbytes = passes * self.weights / self.ranks if d.offload_param != "none" else 0.0
+        if d.offload_optimizer != "none":
             nbytes += 2 * self.counts.trained / self.ranks * self.itemsize
         return nbytes / self.device.link
 

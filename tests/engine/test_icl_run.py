@@ -84,12 +84,14 @@ def test_a_run_leaves_what_is_documented(icl_config, launch, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_processes_and_zero_stages_agree(icl_config, launch, tmp_path, kind):
     reference = None
-    for processes, stage in ((1, 0), (2, 0), (2, 3)):
-        raw = icl_config(kind, deepspeed={"zero_stage": stage, "threads_per_rank": 1})
+    for processes, stage, offload in ((1, 0, "none"), (1, 3, "cpu"), (2, 0, "none"), (2, 3, "none")):
+        options = {"zero_stage": stage, "offload_param": offload, "threads_per_rank": 1}
+        raw = icl_config(kind, deepspeed=options)
         raw["output_dir"] = str(tmp_path / f"run-{processes}-{stage}")
         done = launch(raw, processes=processes)
         ok(done)
-        assert ("ZeRO-3" in done.stdout) == (stage == 3)
+        assert ("ZeRO-3" in done.stdout) == (stage == 3 and offload == "none")
+        assert ("layers in host memory" in done.stdout) == (offload == "cpu")
         _, rows = figures(raw["output_dir"])
         reference = reference or rows
         for found, expected in zip(rows, reference, strict=True):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from tests.conftest import losses
+from tests.conftest import ROOT, launch_processes, losses
 from tests.engine.test_run import ok
 
 pytest.importorskip("bitsandbytes")
@@ -65,3 +66,39 @@ def test_full_fine_tuning_of_quantised_weights_is_refused(base_config, launch):
     refused = launch(raw)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "model.quantization=nf4 holds weights that take no gradient" in refused.stderr
+
+
+def test_no_gathered_weight_is_pinned(base_config, launch, tmp_path):
+    """Two processes, ZeRO-3, nothing kept gathered on purpose; the last run pins weights to show that it is seen."""
+    own = tmp_path / "ds.json"
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+    own.write_text(json.dumps({"zero_optimization": zero}))
+    names = []
+    for quantization, peft in (
+        ("none", "lora"),
+        ("nf4", "lora"),
+        ("int8", "bitfit"),
+        ("none", "bitfit"),
+        ("none", "pin"),
+    ):
+        raw = base_config(
+            "opt",
+            model={"quantization": quantization},
+            train={"steps": 2, "batch_size": 4, "warmup_steps": 1},
+            deepspeed={"zero_stage": 3, "config_file": str(own)},
+            evaluate={"answers": False},
+        )
+        raw["peft"] = {"kind": "lora", "r": 4} if peft == "lora" else {"kind": "bitfit"}
+        raw["output_dir"] = str(tmp_path / f"{quantization}-{peft}")
+        names.append(tmp_path / f"{quantization}-{peft}.yaml")
+        names[-1].write_text(yaml.safe_dump(raw))
+    script = ROOT / "tests" / "engine" / "count_pinned.py"
+    result = launch_processes([str(n) for n in names], 2, tmp_path, script=script)
+    assert result.returncode == 0, result.stderr
+    found = [
+        json.loads(line.removeprefix("pinned ")) for line in result.stdout.splitlines() if line.startswith("pinned ")
+    ]
+    assert len(found) == 5 and all(run["released_bytes"] > 0 and len(run["pinned_bytes"]) == 2 for run in found)
+    for run in found[:-1]:
+        assert run["pinned_bytes"] == [0, 0]
+    assert min(found[-1]["pinned_bytes"]) > 0
