@@ -155,7 +155,7 @@ class Planner:
             axis("model.quantization", *{"none": ("int8", "nf4"), "int8": ("nf4",)}.get(c.model.quantization, ()))
         if self.workload.contexts:
             axis("model.prefix", *(("int8",) if self.device.is_cpu else ("int8", "host")))
-        if not self.device.is_cpu:
+        if not self.device.is_cpu and c.deepspeed.nvme_path is None:
             zero3 = {"deepspeed.zero_stage": 3}
             offload = [{}, {**zero3, "deepspeed.offload_param": "cpu"}]
             if trains:
