@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import random_model
 
+POSITIONS = 2048  # OPT's
 QUERY, PROMPT = 256, 24  # tokens of a passage, and those of them that the student is given
 TRAINED = ("fastft_lora", "fastft_bitfit")
 
@@ -62,7 +64,8 @@ def train_config(a, kind: str) -> dict:
     from transformers import AutoTokenizer
 
     folder = model_folder(a)
-    room = a.context - 8  # the pattern's line breaks, and what the tokenizer puts first
+    # One window: less the pattern's line breaks, what the tokenizer puts first, and what a window keeps for the query.
+    room = min(a.context, POSITIONS - QUERY - 16) - 8
     text = text_of(AutoTokenizer.from_pretrained(folder), room)
     document = a.folder / "document.jsonl"
     document.write_text(json.dumps({"id": "one", "title": "one", "text": text}))
@@ -146,6 +149,7 @@ def fastft_row(a, impl: str) -> dict:
             "peak_memory_bytes": summary["peak_memory_bytes"],
             "seconds": summary["seconds"],
         }
+    shutil.rmtree(a.folder / "cache" / "teacher", ignore_errors=True)  # every row has its own teach phase
     summary = run(Config.model_validate(train_config(a, impl.removeprefix("fastft_"))))
     plan = summary["plan"]
     seconds = summary["step_time_s"]
