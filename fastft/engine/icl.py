@@ -41,7 +41,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     out = Reporter(enabled=ranks.is_first)
     output_dir = Path(config.output_dir)
     if keep:
-        open_output_dir(config, output_dir, ranks)
+        open_output_dir(config, output_dir, ranks, out)
     base = load_base(config, ranks)
     count = sum(p.numel() for p in base.lm.parameters())
     base.lm, stage = partition(base.lm, config, ranks)

@@ -65,10 +65,12 @@ def run(config: Config) -> dict[str, Any]:
     out = Reporter(enabled=ranks.is_first)
     clock = Clock()
     output_dir = Path(config.output_dir)
-    resumed = open_output_dir(config, output_dir, ranks)
+    resumed = open_output_dir(config, output_dir, ranks, out)
 
     with clock.measure("load"):
         base = load_base(config, ranks)
+    if resumed:
+        resumed.check_base(base.fingerprint, config.model.name_or_path)
     count = sum(p.numel() for p in base.lm.parameters())
     out.line(
         f"model      {config.model.name_or_path}  {count:,} parameters  {config.model.dtype}  {base.lm.device}  "
@@ -78,6 +80,8 @@ def run(config: Config) -> dict[str, Any]:
 
     with clock.measure("prepare"):
         prepared = source.prepare(base, ranks, out)
+    if resumed:
+        resumed.check_sequences(prepared.sequences)
     tokens = sum(len(s.token_ids) for s in prepared.sequences)
     kinds = Counter(s.kind for s in prepared.sequences)
     out.line(
