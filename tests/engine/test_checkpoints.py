@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fastft.engine.checkpoints import Checkpoint, Checkpoints, DamagedCheckpoint, list_checkpoints
+from fastft.engine.checkpoints import Checkpoint, Checkpoints, best_checkpoint, list_checkpoints
+from fastft.errors import FastftError
 from fastft.ops.reference import adamw_decode, adamw_encode
+from fastft.optim import BiasAdamW
 from tests.conftest import losses
 from tests.engine.test_run import ok
 
@@ -120,3 +122,218 @@ def test_two_ranks_checkpoint_resumes_on_one_and_one_rank_s_on_two(base_config, 
     ok(launch({**raw, "output_dir": str(two)}, "resume=auto", processes=2))
     expected = torch.tensor(losses(tmp_path / "straight"))
     torch.testing.assert_close(torch.tensor(losses(two)), expected, rtol=1e-4, atol=0)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("rank_0.safetensors", truncate, "were written"),
+        ("rank_0.safetensors", flip_a_bit, "is not as it was written (SHA-256)"),
+        ("rank_0.safetensors", Path.unlink, "No such file"),
+        ("checkpoint.json", truncate, "is missing or not whole"),
+        ("checkpoint.json", flip_a_bit, "checkpoint.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(launch, tmp_path, run_of_four, file, damage, said):
+    raw, straight = run_of_four
+    folder = tmp_path / "damaged"
+    shutil.copytree(straight, folder)
+    damage(folder / "checkpoints/step_3" / file)
+    resumed = launch({**raw, "output_dir": str(folder)}, "resume=auto")
+    ok(resumed)
+    assert "damaged    " in resumed.stdout and said in resumed.stdout and "; skipped" in resumed.stdout
+    assert f"resume     from step 2 ({folder / 'checkpoints/step_2'})" in resumed.stdout
+    assert same(folder, straight)
+    Checkpoint.verified(folder / "checkpoints/step_3")  # written again
+
+
+@pytest.fixture(scope="module")
+def run_of_four(tmp_path_factory, documents, tiny):
+    """A config and its finished run of 4 steps with checkpoints of steps 2 and 3."""
+    from tests.conftest import base_config as make
+    from tests.conftest import launch as start
+
+    folder = tmp_path_factory.mktemp("run-of-four")
+    base = make.__wrapped__(folder, documents, tiny)
+    raw = config(base, folder / "run", train={"save_every": 1})
+    ok(start.__wrapped__(folder)(raw))
+    assert [p.name for p in list_checkpoints(folder / "run/checkpoints")] == ["step_2", "step_3"]
+    return raw, folder / "run"
+
+
+def test_with_nothing_intact_the_run_begins_anew(launch, tmp_path, run_of_four):
+    raw, straight = run_of_four
+    folder = tmp_path / "damaged"
+    shutil.copytree(straight, folder)
+    for path in list_checkpoints(folder / "checkpoints"):
+        truncate(path / "rank_0.safetensors")
+    resumed = launch({**raw, "output_dir": str(folder)}, "resume=auto")
+    ok(resumed)
+    assert resumed.stdout.count("damaged    ") == 2
+    assert "no checkpoint is intact; the run begins anew" in resumed.stdout
+    assert same(folder, straight)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lr=0.02", "train.lr: 0.01 in the checkpoint, 0.02 in the config"),
+        ("peft.r=8", "peft.r: 4 in the checkpoint, 8 in the config"),
+        ("train.optimizer=bias_adamw", "train.optimizer: 'auto' in the checkpoint, 'bias_adamw' in the config"),
+        ("train.batch_size=2", "train.batch_size: 4 in the checkpoint, 2 in the config"),
+        ("train.steps=5", "train.steps: 4 in the checkpoint, 5 in the config"),  # the decay would be another
+        ("seed=1", "seed: 0 in the checkpoint, 1 in the config"),
+    ],
+)
+def test_other_settings_are_refused_by_name(launch, run_of_four, override, said):
+    raw, straight = run_of_four
+    refused = launch({**raw, "output_dir": str(straight)}, "resume=auto", override)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert said in refused.stderr and "set resume=never overwrite=true" in refused.stderr
+    assert (straight / "summary.json").exists()
+
+
+def test_settings_of_place_and_speed_may_change(launch, tmp_path, run_of_four, tiny):
+    raw, straight = run_of_four
+    folder, moved = tmp_path / "moved", tmp_path / "model"
+    shutil.copytree(straight, folder)
+    shutil.copytree(tiny("llama"), moved)
+    changes = ["train.micro_batches=2", "train.log_every=5", "deepspeed.zero_stage=2", "evaluate.max_new_tokens=2"]
+    raw = {**raw, "output_dir": str(folder), "model": {**raw["model"], "name_or_path": str(moved)}}
+    ok(launch(raw, "resume=auto", *changes))
+    torch.testing.assert_close(torch.tensor(losses(folder)), torch.tensor(losses(straight)), rtol=1e-4, atol=0)
+
+
+def test_another_base_and_other_data_are_refused(launch, tmp_path, run_of_four, tiny, documents):
+    raw, straight = run_of_four
+    raw = {**raw, "output_dir": str(straight)}
+    other = tmp_path / "other"
+    shutil.copytree(tiny("llama"), other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    refused = launch({**raw, "model": {**raw["model"], "name_or_path": str(other)}}, "resume=auto")
+    assert refused.returncode == 1 and "was trained on another base model: fingerprint " in refused.stderr
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(documents.read_text().replace("1804", "1805"))
+    refused = launch({**raw, "data": {**raw["data"], "path": str(changed)}}, "resume=auto")
+    assert refused.returncode == 1 and "was trained on other sequences" in refused.stderr
+
+
+def test_other_parameters_are_refused(run_of_four):
+    """Where config and base agree but the program made something else of them."""
+    _, straight = run_of_four
+    checkpoint = Checkpoint.read(straight / "checkpoints/step_3")
+    name = next(iter(checkpoint.about["parameters"]))
+    checkpoint.about["parameters"][name] = {"dtype": "float32", "shape": [3, 3]}
+
+    class Other:
+        def described(self):
+            return Checkpoint.read(straight / "checkpoints/step_3").about["parameters"]
+
+    with pytest.raises(FastftError, match=f"1 of them; the first is {name}: float32 \\[3, 3\\] in the checkpoint"):
+        Checkpoints._check_parameters(None, checkpoint, Other())
+
+
+def test_the_best_checkpoint_stays(base_config, launch, tmp_path):
+    """Of six evaluated steps with a rate that diverges; its parameters are those of that step."""
+    sections = {"train": {"steps": 6, "lr": 0.3, "eval_every": 1, "keep_best": True, "keep_checkpoints": 1}}
+    raw = config(base_config, tmp_path / "run", **sections)
+    ok(launch(raw))
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    scores = {m["step"]: m["evaluated_nll"] for m in lines if "evaluated_nll" in m}
+    best = min(scores, key=scores.get)
+    assert len(scores) == 6 and best < 5
+    found = best_checkpoint(tmp_path / "run/checkpoints")
+    assert found.name == f"step_{best}" and Checkpoint.read(found).about["nll"] == scores[best]
+    kept = {p.name for p in list_checkpoints(tmp_path / "run/checkpoints")}
+    assert kept == {f"step_{best}", "step_4"}  # save_every=2; the last step needs none
+    assert launch({**raw, "overwrite": True}, "train.eval_every=0").returncode == 1
+
+
+def test_eight_bit_state_is_encoded_as_the_optimizer_would():
+    torch.manual_seed(0)
+    state = adamw_encode(torch.randn(1000), torch.rand(1000) ** 4)
+    again = adamw_encode(*adamw_decode(state))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(again[name], state[name])
+        torch.testing.assert_close(again[f"{name}_scale"], state[f"{name}_scale"], rtol=1e-4, atol=0)
+    optimizer = BiasAdamW([p := torch.nn.Parameter(torch.randn(1000))], state_bits=8)
+    p.grad = torch.randn(1000)
+    optimizer.step()
+    own, exact = optimizer.state[p], adamw_encode(0.1 * p.grad, 0.001 * p.grad**2)
+    for name in ("exp_avg", "exp_avg_sq"):  # it takes roots by approximation, and dithers
+        assert (own[name].int() - exact[name].int()).abs().max() <= 1
+
+
+@contextmanager
+def small_disk(folder: Path, mebibytes: float):
+    """A file system of its own; skips where one cannot be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(mebibytes * 2**20)}", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small tmpfs needs rights that this user does not have")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint(base_config, launch, tmp_path):
+    """keep_checkpoints=9: the disk holds some of them and then no more."""
+    with small_disk(tmp_path / "disk", 0.5):
+        train = {"steps": 9, "save_every": 1, "keep_checkpoints": 9}
+        raw = config(base_config, tmp_path / "disk/run", peft={"r": 16}, train=train)
+        raw["distill"] = {"targets": "topk", "top_k": 1}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastft.engine.run.check_room", lambda *_: None)
+            full = launch(raw)
+        kept = list_checkpoints(tmp_path / "disk/run/checkpoints")
+        assert 1 <= len(kept) < 8
+        assert f"the checkpoint of step {len(kept) + 1} cannot be written" in full.stderr
+        assert "No space left on device" in full.stderr and "Traceback" not in full.stderr
+        assert full.returncode == 1
+        assert sorted((tmp_path / "disk/run/checkpoints").iterdir()) == sorted(kept)
+        for path in kept:
+            Checkpoint.verified(path)
+        # With room, the same command goes on.
+        subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path / "disk")], check=True)
+        ok(launch(raw, "resume=auto"))
+        assert len(losses(tmp_path / "disk/run")) == 9
+
+
+def test_a_file_that_cannot_grow_is_one_message(base_config, launch, tmp_path, monkeypatch):
+    """The limit on a file's size stands for a full disk where none can be mounted."""
+    write = Checkpoints._write_own
+
+    def limited(self, folder, trainer):
+        if folder.name != ".step_2.partial":
+            return write(self, folder, trainer)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        try:
+            return write(self, folder, trainer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(Checkpoints, "_write_own", limited)
+    raw = config(base_config, tmp_path / "run", train={"save_every": 1})
+    full = launch(raw)
+    folder = tmp_path / "run/checkpoints"
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert "the checkpoint of step 2 cannot be written" in full.stderr and "File too large" in full.stderr
+    assert f"The last complete one is {folder / 'step_1'}" in full.stderr
+    assert list(folder.iterdir()) == [folder / "step_1"]
+    Checkpoint.verified(folder / "step_1")
