@@ -20,11 +20,13 @@ from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.stop import StopRequest
 from fastft.engine.summaries import SummaryDemonstrations
 from fastft.engine.trainer import gather_by_layer
+from fastft.engine.watch import watched
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.report import sets_table
 
 
+@watched
 def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     """Evaluate the configured task and its sets of another distribution; returns what summary.json holds.
 

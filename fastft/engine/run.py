@@ -27,6 +27,7 @@ from fastft.engine.summaries import SummaryDemonstrations, SummaryLabelled
 from fastft.engine.teach import teach
 from fastft.engine.trainer import Trainer
 from fastft.engine.training import Training
+from fastft.engine.watch import watched
 from fastft.methods import ft
 
 # What a run learns from: how it is prepared, what a step minimises, and what is evaluated and reported.
@@ -53,6 +54,7 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begin
 
 
+@watched
 def run(config: Config) -> dict[str, Any]:
     """Run a config from start to end; returns what summary.json holds."""
     if config.method == "icl":

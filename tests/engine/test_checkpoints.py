@@ -28,12 +28,12 @@ def config(base_config, folder: Path, kind: str = "llama", **sections) -> dict:
     return {**raw, "output_dir": str(folder), "evaluate": {"answers": False}}
 
 
-def only_step_2(straight: Path, folder: Path) -> Path:
-    """A copy of a run as if it had been killed after its checkpoint of step 2."""
+def only_step(step: int, straight: Path, folder: Path) -> Path:
+    """A copy of a run as if it had been killed after its checkpoint of this step."""
     shutil.copytree(straight, folder)
     (folder / "summary.json").unlink(missing_ok=True)
     for path in list_checkpoints(folder / "checkpoints"):
-        if path.name != "step_2":
+        if path.name != f"step_{step}":
             shutil.rmtree(path)
     return folder
 
@@ -75,7 +75,7 @@ def test_a_resumed_run_has_the_numbers_of_a_straight_one(
     if peft["kind"] == "full":
         raw["distill"] = {"targets": "topk", "top_k": 8}
     ok(launch(raw))
-    folder = only_step_2(tmp_path / "straight", tmp_path / "resumed")
+    folder = only_step(2, tmp_path / "straight", tmp_path / "resumed")
     resumed = launch({**raw, "output_dir": str(folder)}, "resume=auto")
     ok(resumed)
     assert f"resume     from step 2 ({folder / 'checkpoints' / 'step_2'})" in resumed.stdout
@@ -98,7 +98,7 @@ def test_a_run_goes_on_in_another_zero_stage(base_config, launch, tmp_path, befo
     raw = config(base_config, tmp_path / "straight", peft=peft, deepspeed=before, train={"optimizer": optimizer})
     raw["distill"] = {"targets": "topk", "top_k": 8}
     ok(launch(raw))
-    folder = only_step_2(tmp_path / "straight", tmp_path / "resumed")
+    folder = only_step(2, tmp_path / "straight", tmp_path / "resumed")
     raw["deepspeed"] = {**after, "threads_per_rank": 1}
     ok(launch({**raw, "output_dir": str(folder)}, "resume=auto"))
     tolerance = 1e-4 if optimizer.endswith("adamw") else 2e-2  # 8-bit state is encoded again, in other blocks
@@ -107,21 +107,21 @@ def test_a_run_goes_on_in_another_zero_stage(base_config, launch, tmp_path, befo
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
-def test_two_ranks_checkpoint_resumes_on_one_and_one_rank_s_on_two(base_config, launch, tmp_path):
-    raw = config(base_config, tmp_path / "two", peft=LORA, deepspeed={"zero_stage": 3})
-    ok(launch(raw, processes=2))
-    files = sorted(p.name for p in (tmp_path / "two/checkpoints/step_2").iterdir())
+def test_one_rank_s_checkpoint_resumes_on_two_and_two_ranks_on_one(base_config, launch, tmp_path):
+    raw = config(base_config, tmp_path / "straight", peft=LORA, deepspeed={"zero_stage": 2}, train={"save_every": 1})
+    raw["train"]["keep_checkpoints"] = 4
+    ok(launch(raw))
+    two = only_step(2, tmp_path / "straight", tmp_path / "two")
+    ok(launch({**raw, "output_dir": str(two)}, "resume=auto", "deepspeed.zero_stage=3", processes=2))
+    files = sorted(p.name for p in (two / "checkpoints/step_3").iterdir())
     assert files == ["checkpoint.json", "rank_0.safetensors", "rank_1.safetensors"]
-    one = only_step_2(tmp_path / "two", tmp_path / "one")
+    one = only_step(3, two, tmp_path / "one")
     ok(launch({**raw, "output_dir": str(one)}, "resume=auto", "deepspeed.zero_stage=0"))
-    expected = torch.tensor(losses(tmp_path / "two"))
-    torch.testing.assert_close(torch.tensor(losses(one)), expected, rtol=1e-4, atol=0)
-    raw["output_dir"] = str(tmp_path / "straight")
-    ok(launch(raw, "deepspeed.zero_stage=2"))
-    two = only_step_2(tmp_path / "straight", tmp_path / "again")
-    ok(launch({**raw, "output_dir": str(two)}, "resume=auto", processes=2))
     expected = torch.tensor(losses(tmp_path / "straight"))
-    torch.testing.assert_close(torch.tensor(losses(two)), expected, rtol=1e-4, atol=0)
+    for folder in (two, one):
+        torch.testing.assert_close(torch.tensor(losses(folder)), expected, rtol=1e-4, atol=0)
+    for name, value in trained(tmp_path / "straight").items():
+        torch.testing.assert_close(trained(one)[name], value, rtol=0, atol=1e-4)
 
 
 def flip_a_bit(path: Path) -> None:
