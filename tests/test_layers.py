@@ -16,7 +16,7 @@ LAYERS = [
     {"tasks", "models", "data", "peft", "optim"},
     {"methods"},
     {"report"},
-    {"engine", "doctor", "sweep"},
+    {"engine", "doctor", "sweep", "export"},
     {"cli"},
     {"train"},
 ]

@@ -212,7 +212,7 @@ class SavedState:
 
     def random_state(self, rank: int) -> dict[str, torch.Tensor]:
         file = self.files[rank]
-        return {key: file.get_tensor(key) for key in file.keys() if key.startswith("random.")}  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.offset_keys() if key.startswith("random.")}
 
 
 class Checkpoints:
