@@ -17,7 +17,7 @@ from fastft.engine.checkpoints import Checkpoint, Checkpoints, best_checkpoint, 
 from fastft.errors import FastftError
 from fastft.ops.reference import adamw_decode, adamw_encode
 from fastft.optim import BiasAdamW
-from tests.conftest import losses
+from tests.conftest import losses, start_ranks
 from tests.engine.test_run import ok
 
 STEPS = {"steps": 4, "save_every": 2, "keep_checkpoints": 2, "lr": 1e-2}
@@ -112,7 +112,9 @@ def test_one_rank_s_checkpoint_resumes_on_two_and_two_ranks_on_one(base_config, 
     raw["train"]["keep_checkpoints"] = 4
     ok(launch(raw))
     two = only_step(2, tmp_path / "straight", tmp_path / "two")
-    ok(launch({**raw, "output_dir": str(two)}, "resume=auto", "deepspeed.zero_stage=3", processes=2))
+    sections = {"deepspeed": {"zero_stage": 3, "threads_per_rank": 1}, "resume": "auto"}
+    ranks = start_ranks({**raw, "output_dir": str(two), **sections}, tmp_path)
+    assert [rank.wait(120) for rank in ranks] == [0, 0], (tmp_path / "rank_0.log").read_text()
     files = sorted(p.name for p in (two / "checkpoints/step_3").iterdir())
     assert files == ["checkpoint.json", "rank_0.safetensors", "rank_1.safetensors"]
     one = only_step(3, two, tmp_path / "one")

@@ -5,46 +5,11 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.conftest import ROOT, clean_environment
-
-
-def start_ranks(raw: dict, folder: Path, *, world_size: int = 2) -> list[subprocess.Popen]:
-    """The processes of a run without a launcher, which would end the others itself."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    told = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    told["MASTER_PORT"] = str(port)
-    processes = []
-    for rank in range(world_size):
-        out = open(folder / f"rank_{rank}.log", "wb")  # noqa: SIM115
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "fastft" / "train.py"), "--cfg", str(path)],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**clean_environment(), **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=folder,
-            )
-        )
-    return processes
-
-
-def wait_for(condition, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from tests.conftest import start_ranks, wait_for
 
 
 @pytest.mark.parametrize(("victim", "phase", "stage"), [(0, "train", 0), (1, "teach", 3)])
