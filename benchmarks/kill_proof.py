@@ -41,7 +41,7 @@ from fastft.tasks import load_documents
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("train", "teach", "checkpoint")
 WINDOW_S = {"train": 0.6, "teach": 0.6, "checkpoint": 0.02}  # a kill comes within this time of the phase's beginning
-TIMEOUT_S = 300.0
+TIMEOUT_S = 900.0
 # What may differ between two runs of the same config: time, memory and how often it was resumed.
 OWN_FIGURES = ("seconds", "peak_memory_bytes", "resumed_from")
 
@@ -102,8 +102,7 @@ def begun(phase: str, folder: Path) -> Callable[[], bool]:
     if phase == "train":  # it rewrites this file just before its first step
         return lambda: _modified(output / "metrics.jsonl") > since
     if phase == "teach":  # each process appends to a shard of its own
-        shards = set((folder / "cache").glob("teacher/*/shard-*.jsonl"))
-        return lambda: set((folder / "cache").glob("teacher/*/shard-*.jsonl")) > shards
+        return lambda: any(_modified(p) > since for p in (folder / "cache").glob("teacher/*/shard-*.jsonl"))
     return lambda: next((output / "checkpoints").glob(".step_*.partial"), None) is not None
 
 
@@ -164,7 +163,7 @@ def kill_once(raw: dict[str, Any], folder: Path, phase: str, draw: random.Random
         if time.monotonic() > deadline:
             process.kill()
             raise SystemExit(f"no {phase} phase within {TIMEOUT_S:.0f} s: see {folder / 'log'}")
-        time.sleep(0.0002)
+        time.sleep(0.0005)
     time.sleep(delay)
     process.kill()
     process.wait()

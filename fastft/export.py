@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from fastft.config import Config, PeftConfig, load_config
 from fastft.engine.checkpoints import Checkpoint, best_checkpoint, list_checkpoints, newest_intact
 from fastft.errors import FastftError, ModelError
-from fastft.files import sync_folder
+from fastft.files import sync
 from fastft.models import loading
 from fastft.peft.files import CLASSIFICATION_HEAD, head_name, save_peft
 from fastft.tensor_file import write_tensors
@@ -273,12 +273,10 @@ def _complete(out: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        for path in partial.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(partial)
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
         os.replace(partial, out)
-        sync_folder(out.parent)
+        sync(out.parent)
     except (OSError, SafetensorError) as error:
         raise FastftError(f"--out {out} cannot be written: {error}") from error
     finally:

@@ -36,7 +36,7 @@ def write_tensors(
     """A safetensors file of the tensors in `layout`, name -> (dtype, shape); returns its SHA-256.
 
     Each tensor is asked for by read(name) when it is its turn and let go behind it, so that one at a time is in memory.
-    The file is on the disk on return; its name is not yet (`sync_folder`).
+    The file is on the disk on return; its name is not yet (`files.sync` of its folder).
     Format: https://github.com/huggingface/safetensors#format
     """
     # Wide elements first: every tensor is then aligned to its own.

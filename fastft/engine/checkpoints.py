@@ -15,12 +15,13 @@ position in the data, and the place in the schedule.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -38,7 +39,7 @@ from fastft.distributed import Ranks
 from fastft.engine.shards import Piece, Shard, decode, encode, own_shards, set_state
 from fastft.engine.trainer import Trainer
 from fastft.errors import FastftError
-from fastft.files import sha256, sync_folder, write_text
+from fastft.files import sha256, sync, write_text
 from fastft.tensor_file import write_tensors
 
 FORMAT = 1
@@ -148,18 +149,18 @@ class SavedShard(Mapping):
     def __init__(self, file: Any, prefix: str, described: dict[str, Any]):
         self.file, self.prefix = file, prefix
         self.pieces = [Piece(*values) for values in described["pieces"]]
-        self.numel, self.numbers, self.keys_ = described["numel"], described["numbers"], described["keys"]
+        self.numel, self.tensors, self.numbers = described["numel"], described["tensors"], described["numbers"]
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self.keys_:
+        if key not in self.tensors:
             raise KeyError(key)
         return self.file.get_slice(self.prefix + key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.keys_)
+        return len(self.tensors)
 
     def parameters(self) -> Any:
         return self.file.get_slice(self.prefix + "parameters")
@@ -197,9 +198,8 @@ class SavedState:
         shape = self.parameters[name]["shape"]
         whole = torch.empty(math.prod(shape))
         for shard, piece in self.where[name]:
-            whole[piece.start : piece.start + piece.numel] = shard.parameters()[
-                piece.offset : piece.offset + piece.numel
-            ]
+            part = shard.parameters()[piece.offset : piece.offset + piece.numel]
+            whole[piece.start : piece.start + piece.numel] = part
         return whole.view(shape)
 
     def moments(self, name: str, begin: int, end: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, float]]:
@@ -236,68 +236,62 @@ class Checkpoints:
         target, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
         if self.last == target:
             return target
-        problem = None
-        try:
-            if self.ranks.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        except OSError as error:
-            problem = error.strerror
-        self._raise(problem, step, partial)
-        entry = None
-        try:
-            if not partial.is_dir():
-                problem = (
-                    f"rank {self.ranks.rank} does not see this folder; output_dir must be one that all nodes share"
-                )
-            else:
-                entry = self._write_own(partial, trainer)
-        except OSError as error:
-            problem = error.strerror
-        self._raise(problem, step, partial)
-        entries = self.ranks.gather(entry)
-        try:
-            if self.ranks.is_first:
-                about = {
-                    "format": FORMAT,
-                    "fastft": __version__,
-                    "step": step,
-                    "loss": loss,
-                    "nll": nll,
-                    "zero_stage": self.config.deepspeed.zero_stage,
-                    "loss_scale": _loss_scale(trainer.engine),
-                    "parameters": trainer.described(),
-                    "files": dict(entries),
-                    **self.identity,
-                }
-                write_text(partial / DESCRIPTION, json.dumps(about | {"sha256": _digest(about)}, indent=1) + "\n")
-                sync_folder(partial)
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(partial, target)
-                sync_folder(self.folder)
-                self._prune()
-        except OSError as error:
-            problem = error.strerror
-        self._raise(problem, step, partial)
+        about = {
+            "format": FORMAT,
+            "fastft": __version__,
+            "step": step,
+            "loss": loss,
+            "nll": nll,
+            "zero_stage": self.config.deepspeed.zero_stage,
+            "loss_scale": _loss_scale(trainer.engine),
+            "parameters": trainer.described(),
+            **self.identity,
+        }
+
+        def begin() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def finish() -> None:
+            about["files"] = dict(entries)
+            write_text(partial / DESCRIPTION, json.dumps(about | {"sha256": _digest(about)}, indent=1) + "\n")
+            for path in (partial / DESCRIPTION, partial):
+                sync(path)
+            os.replace(partial, target)
+            sync(self.folder)
+            self._prune()
+
+        self._each_rank(step, begin, first_alone=True)
+        entries = self._each_rank(step, lambda: self._write_own(partial, trainer))
+        self._each_rank(step, finish, first_alone=True)
         self.last, self.lowest = target, nll if self.is_best(nll) else self.lowest
         return target
 
-    def _raise(self, problem: str | None, step: int, partial: Path) -> None:
-        """Raise FastftError on every rank where one of them has a problem."""
-        problem = next((p for p in self.ranks.gather(problem) if p), None)
-        if problem is None:
-            return
+    def _each_rank(self, step: int, write: Callable[[], Any], *, first_alone: bool = False) -> list[Any]:
+        """What `write` gives on each rank; raises FastftError on all of them where it could not on one."""
+        result, problem = None, None
+        try:
+            if self.ranks.is_first or not first_alone:
+                result = write()
+        except OSError as error:
+            problem = error.strerror or str(error)
+        results, problems = zip(*self.ranks.gather((result, problem)), strict=True)
+        if not any(problems):
+            return list(results)
         last = list_checkpoints(self.folder)
         free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.is_dir() else 0
         if self.ranks.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(self.folder / f".step_{step}.partial", ignore_errors=True)
         raise FastftError(
-            f"the checkpoint of step {step} cannot be written to {self.folder} ({free:.1f} MiB free): {problem}. The "
-            f"last complete one is {last[-1] if last else 'none'}"
+            f"the checkpoint of step {step} cannot be written to {self.folder} ({free:.1f} MiB free): "
+            f"{next(filter(None, problems))}. The last complete one is {last[-1] if last else 'none'}"
         )
 
     def _write_own(self, folder: Path, trainer: Trainer) -> tuple[str, dict[str, Any]]:
         """This rank's file: its name, and its size and checksum."""
+        if not folder.is_dir():
+            unseen = f"rank {self.ranks.rank} does not see it; output_dir must be a folder that all nodes share"
+            raise OSError(errno.ENOENT, unseen)
         replicated = self.config.deepspeed.zero_stage == 0 and not self.ranks.is_first
         shards = [] if replicated else own_shards(trainer.engine, trainer.trained, self.ranks)
         described, tensors = [], {"random.cpu": torch.get_rng_state()}
@@ -311,7 +305,7 @@ class Checkpoints:
                 {
                     "pieces": [list(asdict(piece).values()) for piece in shard.pieces],
                     "numel": shard.master.numel(),
-                    "keys": [key for key, value in state.items() if torch.is_tensor(value)],
+                    "tensors": [key for key, value in state.items() if torch.is_tensor(value)],
                     "numbers": {key: value for key, value in state.items() if isinstance(value, int | float)},
                 }
             )
@@ -332,7 +326,7 @@ class Checkpoints:
             kept.append(best)
         for path in found:
             if path not in kept:
-                shutil.rmtree(path)
+                _remove(path)
 
     def load(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
         """Put parameters, optimizer state and random numbers back; raises FastftError where they do not fit.
@@ -436,7 +430,14 @@ def tidy(folder: Path, checkpoint: Checkpoint | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(folder):
         if checkpoint and int(path.name.removeprefix("step_")) > checkpoint.step:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; killed meanwhile, what is left of it is not taken for one."""
+    partial = path.with_name(f".{path.name}.partial")
+    os.replace(path, partial)
+    shutil.rmtree(partial)
 
 
 def _scaler(engine: deepspeed.DeepSpeedEngine) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from contextlib import suppress
@@ -15,7 +14,7 @@ from fastft.distributed import Ranks
 from fastft.engine.checkpoints import Checkpoint, newest_intact, tidy
 from fastft.engine.progress import Reporter
 from fastft.errors import FastftError
-from fastft.files import write_text
+from fastft.files import sync, write_text
 
 RESULTS = (
     "adapter",
@@ -117,8 +116,7 @@ class Metrics:
     def sync(self) -> None:
         """Bring the lines to the disk, before a checkpoint that goes on behind them."""
         if self.path:
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
+            sync(self.path)
 
 
 def write_json(path: Path, value: Any) -> None:

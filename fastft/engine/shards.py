@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastft.distributed import Ranks
+from fastft.errors import FastftError
 from fastft.ops.reference import adamw_decode, adamw_encode
 from fastft.optim import BiasAdamW
 
@@ -44,12 +45,19 @@ class Shard:
 
 
 def own_shards(engine: deepspeed.DeepSpeedEngine, trained: Mapping[str, nn.Parameter], ranks: Ranks) -> list[Shard]:
-    """This rank's shards; without ZeRO every rank has the same ones."""
+    """This rank's shards; without ZeRO every rank has the same ones.
+
+    Raises FastftError where DeepSpeed keeps them on NVMe.
+    """
     found: dict[int, Shard] = {}
     for name, master, group, start, numel, offset in _places(engine, trained, ranks):
         shard = found.setdefault(id(master), Shard(master, group))
         if numel > 0:  # of a small parameter ZeRO-3's last ranks hold padding alone
             shard.pieces.append(Piece(name, start, numel, offset))
+        if shard.master.numel() < offset + numel:
+            raise FastftError(
+                "checkpoints need optimizer state in memory, and DeepSpeed has it on NVMe; set offload_optimizer to cpu"
+            )
     return list(found.values())
 
 

@@ -263,6 +263,19 @@ def test_the_best_checkpoint_stays(base_config, launch, tmp_path):
     assert launch({**raw, "overwrite": True}, "train.eval_every=0").returncode == 1
 
 
+def test_a_checkpoint_that_is_half_deleted_is_none(base_config, launch, tmp_path, monkeypatch):
+    """Killed while an old one is deleted: what is left has not its name."""
+    raw = config(base_config, tmp_path / "run", train={"save_every": 1, "keep_checkpoints": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: (path / "checkpoint.json").unlink(missing_ok=True))
+        ok(launch(raw))
+    folder = tmp_path / "run/checkpoints"
+    assert {p.name for p in folder.iterdir()} == {".step_1.partial", ".step_2.partial", "step_3"}
+    assert list_checkpoints(folder) == [folder / "step_3"]
+    ok(launch(raw, "resume=auto"))
+    assert [p.name for p in folder.iterdir()] == ["step_3"]
+
+
 def test_eight_bit_state_is_encoded_as_the_optimizer_would():
     torch.manual_seed(0)
     state = adamw_encode(torch.randn(1000), torch.rand(1000) ** 4)
