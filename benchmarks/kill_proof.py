@@ -40,7 +40,9 @@ from fastft.tasks import load_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("train", "teach", "checkpoint")
-WINDOW_S = {"train": 0.6, "teach": 0.6, "checkpoint": 0.02}  # a kill comes within this time of the phase's beginning
+# A kill comes after up to so many steps, blocks of targets or checkpoints of the process, and so many seconds more.
+WORK = {"train": 15, "teach": 60, "checkpoint": 4}
+DELAY_S = {"train": 0.1, "teach": 0.03, "checkpoint": 0.02}
 TIMEOUT_S = 900.0
 # What may differ between two runs of the same config: time, memory and how often it was resumed.
 OWN_FIGURES = ("seconds", "peak_memory_bytes", "resumed_from")
@@ -96,14 +98,24 @@ def start(raw: dict[str, Any], folder: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
 
 
-def begun(phase: str, folder: Path) -> Callable[[], bool]:
-    """Whether the process that starts now has come to the phase."""
-    output, since = folder / "run", time.time_ns()
-    if phase == "train":  # it rewrites this file just before its first step
-        return lambda: _modified(output / "metrics.jsonl") > since
-    if phase == "teach":  # each process appends to a shard of its own
-        return lambda: any(_modified(p) > since for p in (folder / "cache").glob("teacher/*/shard-*.jsonl"))
-    return lambda: next((output / "checkpoints").glob(".step_*.partial"), None) is not None
+def work_done(phase: str, folder: Path) -> Callable[[], int]:
+    """Counts what the process that starts now has done in the phase: steps, blocks of targets, begun checkpoints."""
+    output, since, seen = folder / "run", time.time_ns(), []
+
+    def count() -> int:
+        if phase == "train":  # it rewrites this file just before its first step, with the steps that it goes on from
+            path = output / "metrics.jsonl"
+            if _modified(path) > since:
+                seen.append(path.read_bytes().count(b"\n"))
+            return seen[-1] - seen[0] if seen else 0
+        if phase == "teach":  # each process writes a shard of its own
+            journals = (folder / "cache").glob("teacher/*/shard-*.jsonl")
+            return sum(p.read_bytes().count(b"\n") for p in journals if _modified(p) > since)
+        partial = {p.name for p in (output / "checkpoints").glob(".step_*.partial") if _modified(p) > since}
+        seen.extend(sorted(partial - set(seen)))
+        return len(seen) if partial else 0
+
+    return count
 
 
 def _modified(path: Path) -> int:
@@ -142,24 +154,16 @@ def whole_files(folder: Path) -> Iterator[str]:
 
 
 def kill_once(raw: dict[str, Any], folder: Path, phase: str, draw: random.Random) -> dict[str, Any] | None:
-    """Start the run and kill it in a phase; None where it came to its end before."""
+    """Start the run and kill it in a phase, at a drawn moment; None where it came to its end before."""
     before = (folder / "log").stat().st_size if (folder / "log").is_file() else 0
-    is_begun, delay = begun(phase, folder), draw.uniform(0, WINDOW_S[phase])
-    # A kill during a checkpoint waits for another one each time, so that they are spread over the run.
-    skipped = draw.randrange(4) if phase == "checkpoint" else 0
+    count, work, delay = work_done(phase, folder), draw.randint(1, WORK[phase]), draw.uniform(0, DELAY_S[phase])
     process = start(raw, folder)
     deadline = time.monotonic() + TIMEOUT_S
-    while True:
+    while count() < work:
         if process.poll() is not None:
             if process.returncode:
                 raise SystemExit(f"the run failed by itself: see {folder / 'log'}")
             return None
-        if is_begun():
-            if skipped == 0:
-                break
-            skipped -= 1
-            while is_begun() and process.poll() is None:
-                time.sleep(0.0002)
         if time.monotonic() > deadline:
             process.kill()
             raise SystemExit(f"no {phase} phase within {TIMEOUT_S:.0f} s: see {folder / 'log'}")
@@ -178,6 +182,7 @@ def kill_once(raw: dict[str, Any], folder: Path, phase: str, draw: random.Random
     }
     return {
         "phase": phase,
+        "work": work,
         "delay_s": round(delay, 4),
         "steps_done": len(losses(metrics)) if metrics.is_file() else 0,
         "checkpoints": [p.name for p in list_checkpoints(output / "checkpoints")],

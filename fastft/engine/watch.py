@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastft.distributed import Ranks
+from fastft.errors import FastftError
 
 F = TypeVar("F", bound=Callable)
 CONNECT_SECONDS = 10.0
@@ -47,19 +48,20 @@ def watched(function: F) -> F:
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         global _watch
+        error_text = None
         try:
-            result = function(*args, **kwargs)
+            return function(*args, **kwargs)
         except BaseException as error:
+            error_text = f"{type(error).__name__}: {error}".splitlines()[0]
             if _watch and isinstance(error, RuntimeError):
                 time.sleep(CAUSE_SECONDS)  # where a rank died, the watch ends this process meanwhile
-            if _watch:
-                _watch.leave(f"{type(error).__name__}: {error}".splitlines()[0])
+                if _watch.cause and not _watch.cause.endswith(error_text):
+                    raise FastftError(_watch.cause) from error
             raise
         finally:
             watch, _watch = _watch, None
-        if watch:
-            watch.leave(None)
-        return result
+            if watch:
+                watch.leave(error_text)
 
     return wrapper
 
@@ -79,6 +81,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, peers: list[Peer]):
         self.ranks, self.peers, self.leaving = ranks, peers, False
+        self.cause = ""  # which rank stopped with an error of its own, and with which
         self.thread = threading.Thread(target=self._run, name="fastft-watch", daemon=True)
         self.thread.start()
 
@@ -132,7 +135,7 @@ class Watch:
                 continue
 
     def _run(self) -> None:
-        deadline, cause = None, ""
+        deadline = None
         with selectors.DefaultSelector() as selector:
             for peer in self.peers:
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
@@ -140,16 +143,16 @@ class Watch:
                 ready = selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
                 if deadline is not None and time.monotonic() >= deadline:
                     if not self.leaving:
-                        self._end(cause)
+                        self._end(self.cause)
                     deadline = None
                 for key, _ in ready:
                     messages, is_open = _receive(key.data)
                     for message in messages:
                         if "lost" in message:  # from the first rank, which sees all
                             self._end(message["lost"], heard=True)
-                        if message["error"] and not cause:
+                        if message["error"] and not self.cause:
                             deadline = time.monotonic() + GRACE_SECONDS
-                            cause = f"rank {key.data.rank} ({key.data.place}) stopped: {message['error']}"
+                            self.cause = f"rank {key.data.rank} ({key.data.place}) stopped: {message['error']}"
                     if any("left" in m for m in messages) or (not is_open and self.leaving):
                         selector.unregister(key.fileobj)
                     elif not is_open:

@@ -9,6 +9,10 @@ import time
 
 import pytest
 
+from fastft.distributed import Ranks
+from fastft.engine import watch
+from fastft.engine.watch import Peer, Watch
+from fastft.errors import FastftError
 from tests.conftest import start_ranks, wait_for
 
 
@@ -42,3 +46,27 @@ def test_the_others_end_and_say_which_rank_died(base_config, tmp_path, victim, p
         for process in processes:
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize("own", ["Connection closed by peer [127.0.0.1]", "disk full"])
+def test_an_error_on_one_rank_explains_what_the_others_see(monkeypatch, own):
+    """The connection that torch.distributed lost is not the news; an error that all ranks have is each rank's own."""
+    here, there = socket.socketpair()
+    first = Watch(Ranks(0, 2), [Peer(here, 1, "process 7 on node2")])
+    other = Watch(Ranks(1, 2), [Peer(there, 0, "process 6 on node1")])
+    monkeypatch.setattr(watch, "_watch", first)
+
+    @watch.watched
+    def work():
+        other.leave("RuntimeError: disk full")
+        raise RuntimeError(own)
+
+    monkeypatch.setattr(watch, "CAUSE_SECONDS", 0.5)
+    expected = "disk full" if own == "disk full" else "rank 1 .process 7 on node2. stopped: RuntimeError: disk full"
+    with pytest.raises((RuntimeError, FastftError), match=expected) as found:
+        work()
+    assert isinstance(found.value, RuntimeError) == (own == "disk full")
+    first.thread.join(5)
+    assert not first.thread.is_alive() and watch._watch is None
+    here.close()
+    there.close()
