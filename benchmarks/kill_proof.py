@@ -105,9 +105,10 @@ def work_done(phase: str, folder: Path) -> Callable[[], int]:
     def count() -> int:
         if phase == "train":  # it rewrites this file just before its first step, with the steps that it goes on from
             path = output / "metrics.jsonl"
-            if _modified(path) > since:
-                seen.append(path.read_bytes().count(b"\n"))
-            return seen[-1] - seen[0] if seen else 0
+            lines = path.read_bytes().count(b"\n") if _modified(path) > since else 0
+            if lines and not seen:
+                seen.append(lines)
+            return lines - seen[0] if seen else 0
         if phase == "teach":  # each process writes a shard of its own
             journals = (folder / "cache").glob("teacher/*/shard-*.jsonl")
             return sum(p.read_bytes().count(b"\n") for p in journals if _modified(p) > since)
@@ -173,7 +174,9 @@ def kill_once(raw: dict[str, Any], folder: Path, phase: str, draw: random.Random
     process.wait()
     output = folder / "run"
     said = (folder / "log").read_bytes()[before:].decode()
-    unfinished = [p.name for p in (output / "checkpoints").glob(".step_*.partial")]
+    complete = [int(p.name.removeprefix("step_")) for p in list_checkpoints(output / "checkpoints")]
+    partial = [int(p.name.split("_")[1].split(".")[0]) for p in (output / "checkpoints").glob(".step_*.partial")]
+    unfinished = [step for step in partial if step > max(complete, default=0)]  # others are old ones, half deleted
     metrics = output / "metrics.jsonl"
     inside = {
         "teach": ", written to " not in said and ", found in " not in said,
@@ -185,7 +188,7 @@ def kill_once(raw: dict[str, Any], folder: Path, phase: str, draw: random.Random
         "work": work,
         "delay_s": round(delay, 4),
         "steps_done": len(losses(metrics)) if metrics.is_file() else 0,
-        "checkpoints": [p.name for p in list_checkpoints(output / "checkpoints")],
+        "checkpoints": complete,
         "unfinished_checkpoint": unfinished[0] if unfinished else None,
         "inside": inside[phase],
         "problems": list(whole_files(folder)),
@@ -233,7 +236,7 @@ def prove(phases: list[str], times: int, seed: int, model: Path, folder: Path, s
                 raise SystemExit("\n".join(["files that are not whole:", *kill["problems"]]))
             kills.append(kill)
             hit, missed = hit + kill["inside"], missed + (not kill["inside"])
-            say(f"{phase} {hit}/{times}  steps {kill['steps_done']}  {kill['unfinished_checkpoint'] or ''}")
+            say(f"{phase} {hit}/{times}  steps {kill['steps_done']}  checkpoints {kill['checkpoints']}")
     if start(raw, killed).wait(TIMEOUT_S) != 0 or undisturbed.wait(TIMEOUT_S) != 0:
         raise SystemExit(f"a run failed: see {killed / 'log'} and {alone / 'log'}")
     problems = [*whole_files(killed), *differences(killed / "run", alone / "run")]
@@ -275,7 +278,7 @@ def main() -> int:
     versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "safetensors")}
     table = Table(title=f"SIGKILL at random moments, {date.today()}, seed {a.seed}")
     for column in ("phase", "kills", "resumes", "steps", "last loss", "NLL", "half-written", "different", "s"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
+        table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=True)
     for row in rows:
         inside = sum(kill["inside"] for kill in row["kills"])
         table.add_row(
