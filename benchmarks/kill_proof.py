@@ -242,12 +242,13 @@ def prove(phases: list[str], times: int, seed: int, model: Path, folder: Path, s
     problems = [*whole_files(killed), *differences(killed / "run", alone / "run")]
     left = [str(p) for p in killed.rglob("*") if ".partial" in p.name]
     summary = json.loads((killed / "run/summary.json").read_text(encoding="utf-8"))
+    said = (killed / "log").read_text(encoding="utf-8")
     return {
         "phases": phases,
         "kills": kills,
         "missed": missed,
         "starts": len(kills) + 1,
-        "resumes": (killed / "log").read_text(encoding="utf-8").count("resume     from step"),
+        "resumes": said.count("resume     from step") + said.count("teach      goes on: "),
         "steps": summary["steps"],
         "loss": summary["loss"],
         "nll_student": summary["nll_student"],
