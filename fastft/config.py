@@ -533,7 +533,7 @@ class Config(Section):
     seed: NonNegativeInt = Field(0, description="seed of sampling, shuffling and initialisation")
     output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
     overwrite: bool = Field(False, description="replace another run in output_dir")
-    resume: Literal["never", "auto"] = Field("never", description="auto: go on from the last checkpoint in output_dir")
+    resume: Literal["never", "auto"] = Field("never", description="auto: go on from the newest intact checkpoint")
     cache_dir: str | None = Field(
         None,
         description="teacher stores, written questions, converted models; default $FASTFT_CACHE or ~/.cache/fastft",

@@ -93,7 +93,6 @@ class Watch:
         if ranks.is_first:
             server = _listen(os.environ["MASTER_ADDR"], ranks.world_size)
             address = (os.environ["MASTER_ADDR"], server.getsockname()[1], secrets.token_hex(16))
-            own["token"] = address[2]
         first, (host, port, token) = ranks.gather((own["place"], address))[0]
         peers, problem = [], None
         if not ranks.is_first:
@@ -139,7 +138,7 @@ class Watch:
         with selectors.DefaultSelector() as selector:
             for peer in self.peers:
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
-            while selector.get_map():
+            while selector.get_map() or deadline is not None:
                 ready = selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
                 if deadline is not None and time.monotonic() >= deadline:
                     if not self.leaving:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +15,7 @@ from fastft.distributed import Ranks
 from fastft.engine import watch
 from fastft.engine.watch import Peer, Watch
 from fastft.errors import FastftError
-from tests.conftest import start_ranks, wait_for
+from tests.conftest import ROOT, clean_environment, start_ranks, wait_for
 
 
 @pytest.mark.parametrize(("victim", "phase", "stage"), [(0, "train", 0), (1, "teach", 3)])
@@ -62,6 +64,7 @@ def test_an_error_on_one_rank_explains_what_the_others_see(monkeypatch, own):
         raise RuntimeError(own)
 
     monkeypatch.setattr(watch, "CAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 1.0)
     expected = "disk full" if own == "disk full" else "rank 1 .process 7 on node2. stopped: RuntimeError: disk full"
     with pytest.raises((RuntimeError, FastftError), match=expected) as found:
         work()
@@ -70,3 +73,23 @@ def test_an_error_on_one_rank_explains_what_the_others_see(monkeypatch, own):
     assert not first.thread.is_alive() and watch._watch is None
     here.close()
     there.close()
+
+
+def test_a_rank_that_hangs_when_the_first_has_failed_is_ended():
+    """Where torch.distributed says nothing: after the time that the others have to fail by themselves."""
+    here, there = socket.socketpair()
+    script = (
+        "import socket, sys, time; from fastft.distributed import Ranks; from fastft.engine import watch\n"
+        "watch.GRACE_SECONDS = 0.5\n"
+        "peer = watch.Peer(socket.socket(fileno=int(sys.argv[1])), 0, 'process 6 on node1')\n"
+        "watch.Watch(Ranks(1, 2), [peer]); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(there.fileno())]
+    environment = {**clean_environment(), "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)}
+    hanging = subprocess.Popen(command, pass_fds=[there.fileno()], stderr=subprocess.PIPE, env=environment, text=True)
+    there.close()
+    here.sendall(b'{"left": 0, "error": "OSError: disk full"}\n')
+    _, said = hanging.communicate(timeout=40)
+    assert hanging.returncode == 1
+    assert "fastft: rank 0 (process 6 on node1) stopped: OSError: disk full; the other ranks end with it" in said
+    here.close()
