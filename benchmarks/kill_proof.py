@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("train", "teach", "checkpoint")
 # A kill comes after up to so many steps, blocks of targets or checkpoints of the process, and so many seconds more.
 WORK = {"train": 15, "teach": 60, "checkpoint": 4}
-DELAY_S = {"train": 0.1, "teach": 0.03, "checkpoint": 0.02}
+DELAY_S = {"train": 0.1, "teach": 0.03, "checkpoint": 0.006}
 TIMEOUT_S = 900.0
 # What may differ between two runs of the same config: time, memory and how often it was resumed.
 OWN_FIGURES = ("seconds", "peak_memory_bytes", "resumed_from")
@@ -74,9 +74,9 @@ def config_of(phases: list[str], times: int, model: Path, folder: Path) -> dict[
             "passages": {"tokens": 48, "prompt_tokens": 16, "stride": 16 if not teaches else 4 if times < 5 else 1},
             "self_study": {"count": 4, "examples": "", "max_question_tokens": 8, "max_answer_tokens": 8},
         },
-        "peft": {"kind": "lora", "r": 128 if "checkpoint" in phases else 8},
+        "peft": {"kind": "lora", "r": 256 if "checkpoint" in phases else 8},
         "train": {
-            "steps": 20 + 20 * times * ("train" in phases) + 8 * times * ("checkpoint" in phases),
+            "steps": 40 + 20 * times * ("train" in phases) + 8 * times * ("checkpoint" in phases),
             "batch_size": 4,
             "lr": 1.0e-3,
             "eval_every": 10,
@@ -168,7 +168,7 @@ def kill_once(raw: dict[str, Any], folder: Path, phase: str, draw: random.Random
         if time.monotonic() > deadline:
             process.kill()
             raise SystemExit(f"no {phase} phase within {TIMEOUT_S:.0f} s: see {folder / 'log'}")
-        time.sleep(0.0005)
+        time.sleep(0.0003)
     time.sleep(delay)
     process.kill()
     process.wait()
