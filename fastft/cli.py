@@ -90,6 +90,22 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--out", metavar="DIR", help="where to write (FOLDER/comparison when there is one FOLDER)")
     report.add_argument("--debug", action="store_true", help="show tracebacks")
     report.set_defaults(function=_report)
+    export = commands.add_parser(
+        "export",
+        help="what a run trained, as a PEFT adapter, a merged model or plain biases",
+        usage="fastft export RUN [--format peft|merged|delta] [--checkpoint last|best|step_N] [--out DIR]",
+    )
+    export.add_argument("run", metavar="RUN", help="the output_dir of a run")
+    export.add_argument(
+        "--format",
+        choices=["peft", "merged", "delta"],
+        help="peft: PEFT's files, also for vLLM (default for LoRA); merged: the whole model and tokenizer; delta: "
+        "biases minus the base's (default for BitFit)",
+    )
+    export.add_argument("--checkpoint", metavar="NAME", help="last, best or step_N; default: the run's end")
+    export.add_argument("--out", metavar="DIR", help="a new folder (default RUN/export/FORMAT)")
+    export.add_argument("--debug", action="store_true", help="show tracebacks")
+    export.set_defaults(function=_export)
     doctor = commands.add_parser("doctor", help="what is built and installed, and what will be used")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
@@ -188,6 +204,17 @@ def _report(arguments: argparse.Namespace) -> int:
     for line in missing:
         print(f"missing    {line}")
     print(f"report     {path}; its tables as .md, .tex and .csv, its pictures as .svg, .pdf and .png beside it")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fastft.engine.quiet import quiet
+
+    quiet()
+    from fastft.export import export
+
+    out = Path(arguments.out) if arguments.out else None
+    print(f"export     {export(Path(arguments.run), kind=arguments.format, checkpoint=arguments.checkpoint, out=out)}")
     return 0
 
 

@@ -67,7 +67,7 @@ class ModelConfig(Section):
     dropout: bool = Field(
         False,
         description="train with the dropout in the model's config (OPT, GPT-2: 0.1), whose masks differ with the "
-        "number of processes and after a resume; false: none",
+        "number of processes; false: none",
     )
     attention: Literal["auto", "fa3", "fa4", "fa2", "varlen", "sdpa"] = Field(
         "auto",
@@ -457,8 +457,19 @@ class TrainConfig(Section):
     max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the global gradient norm to this; 0: never")
     log_every: PositiveInt = Field(10, description="steps between lines when the output is not a terminal")
     save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only when interrupted")
-    keep_checkpoints: PositiveInt = Field(1, description="how many checkpoints are kept")
+    keep_checkpoints: PositiveInt = Field(1, description="how many checkpoints are kept, the last ones")
+    keep_best: bool = Field(
+        False,
+        description="also keep the checkpoint with the lowest evaluated NLL, written where it is lowest so far; for "
+        "`fastft export --checkpoint best`; needs eval_every",
+    )
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations of the student; 0: only at the end")
+
+    @model_validator(mode="after")
+    def _best(self):
+        if self.keep_best and not self.eval_every:
+            raise ValueError("keep_best=true needs eval_every > 0: without evaluations there is no best one")
+        return self
 
 
 class DeepSpeedConfig(Section):
@@ -546,7 +557,7 @@ class Config(Section):
     seed: NonNegativeInt = Field(0, description="seed of sampling, shuffling and initialisation")
     output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
     overwrite: bool = Field(False, description="replace another run in output_dir")
-    resume: Literal["never", "auto"] = Field("never", description="auto: go on from the last checkpoint in output_dir")
+    resume: Literal["never", "auto"] = Field("never", description="auto: go on from the newest intact checkpoint")
     cache_dir: str | None = Field(
         None,
         description="teacher stores, written questions, converted models; default $FASTFT_CACHE or ~/.cache/fastft",

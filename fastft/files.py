@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +25,17 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file in one step."""
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: they are then there after a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

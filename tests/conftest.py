@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,37 @@ def launch_processes(
         command, capture_output=True, text=True, timeout=300, env=clean_environment(), cwd=folder, check=False
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def start_ranks(raw: dict, folder: Path, *, world_size: int = 2) -> list[subprocess.Popen]:
+    """The processes of a run without a launcher, which would end the others itself."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    told["MASTER_PORT"] = str(port)
+    processes = []
+    for rank in range(world_size):
+        with open(folder / f"rank_{rank}.log", "wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(ROOT / "fastft" / "train.py"), "--cfg", str(path)],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**clean_environment(), **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    cwd=folder,
+                )
+            )
+    return processes
+
+
+def wait_for(condition, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def losses(folder: Path) -> list[float]:

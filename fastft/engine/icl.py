@@ -19,11 +19,13 @@ from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.stop import StopRequest
 from fastft.engine.summaries import SummaryDemonstrations
 from fastft.engine.trainer import gather_by_layer
+from fastft.engine.watch import watched
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.report import sets_table
 
 
+@watched
 def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     """Evaluate the configured task and its sets of another distribution; returns what summary.json holds.
 
@@ -40,7 +42,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     out = Reporter(enabled=ranks.is_first)
     output_dir = Path(config.output_dir)
     if keep:
-        open_output_dir(config, output_dir, ranks)
+        open_output_dir(config, output_dir, ranks, out)
     base = load_base(config, ranks, out)
     described = base.describe(config, ranks)
     base.lm, stage = partition(base.lm, config, ranks)

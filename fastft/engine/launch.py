@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastft.distributed import Ranks
+from fastft.engine import watch
 from fastft.errors import FastftError
 
 
@@ -59,7 +60,9 @@ def start(threads_per_rank: int | None) -> Ranks:
     if device.type == "cpu":
         torch.distributed.barrier()  # every process has mapped the others' buffers
         _unlink_shared_memory()
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    watch.begin(ranks)
+    return ranks
 
 
 MMAP_THRESHOLD = 256 * 2**10

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastft.config import Config
 from fastft.distributed import Ranks
-from fastft.engine.trainer import list_checkpoints
+from fastft.engine.checkpoints import Checkpoint, newest_intact, tidy
+from fastft.engine.progress import Reporter
 from fastft.errors import FastftError
-from fastft.files import write_text
+from fastft.files import sync, write_text
 
 RESULTS = (
     "adapter",
@@ -25,10 +27,12 @@ RESULTS = (
 )
 
 
-def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
-    """Make the run's folder; returns the checkpoint to resume from, if any. What another run left there stays so far.
+def open_output_dir(config: Config, folder: Path, ranks: Ranks, out: Reporter) -> Checkpoint | None:
+    """Make the run's folder; returns the checkpoint to resume from, if any: the newest that is as it was written.
 
-    Raises FastftError where another run is there and neither overwrite nor resume is set.
+    What another run left there stays so far.
+    Raises FastftError where another run is there and neither overwrite nor resume is set, and where the checkpoint is
+    of other settings.
     """
     problem, checkpoint = None, None
     if ranks.is_first:
@@ -36,9 +40,12 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
             problem = f"output_dir={folder}: the folder holds something other than a run; choose another or empty it"
         elif existing and config.resume == "auto":
-            found = list_checkpoints(folder / "checkpoints")
-            checkpoint = found[-1] if found else None
-            if checkpoint is None and (folder / "summary.json").is_file():
+            checkpoint, damages = newest_intact(folder / "checkpoints")
+            for damage in damages:
+                out.line(f"damaged    {damage}; skipped")
+            if damages and checkpoint is None:
+                out.line("resume     no checkpoint is intact; the run begins anew")
+            elif checkpoint is None and (folder / "summary.json").is_file():
                 problem = f"output_dir={folder}: this run is complete; set overwrite=true to run it again"
         elif existing and not config.overwrite:
             problem = (
@@ -55,10 +62,12 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks) -> Path | None:
     problem, checkpoint = ranks.gather((problem, checkpoint))[0]
     if problem:
         raise FastftError(problem)
+    if checkpoint:
+        checkpoint.check_config(config)
     return checkpoint
 
 
-def begin_results(config: Config, folder: Path, checkpoint: Path | None) -> None:
+def begin_results(config: Config, folder: Path, checkpoint: Checkpoint | None) -> None:
     """Just before the first step: write config.yaml and, unless a checkpoint goes on, remove another run's results."""
     if checkpoint is None:
         for name in RESULTS:
@@ -66,6 +75,7 @@ def begin_results(config: Config, folder: Path, checkpoint: Path | None) -> None
                 shutil.rmtree(folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
+    tidy(folder / "checkpoints", checkpoint)
     write_text(folder / "config.yaml", config.dump())
 
 
@@ -73,6 +83,7 @@ def check_room(folder: Path, trained_numel: int, trained_bytes: int, config: Con
     """Raise FastftError, before any step is paid for, where the disk cannot hold what the run is going to write."""
     checkpoint = trained_bytes + 12 * trained_numel  # float32 master, m and v
     kept = config.train.keep_checkpoints + 1 if config.train.save_every else 1  # a stopped run writes one too
+    kept += config.train.keep_best
     needed = trained_bytes + kept * checkpoint
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -84,7 +95,7 @@ def check_room(folder: Path, trained_numel: int, trained_bytes: int, config: Con
 
 
 class Metrics:
-    """metrics.jsonl: a line a step; a resumed run drops the lines after its checkpoint."""
+    """metrics.jsonl: a line a step; a resumed run drops the lines after its checkpoint, and what a crash cut off."""
 
     def __init__(self, path: Path, first: int, enabled: bool):
         self.path = path if enabled else None
@@ -92,14 +103,20 @@ class Metrics:
             kept = []
             if first and path.is_file():
                 for line in path.read_text(encoding="utf-8").splitlines():
-                    if line.strip() and json.loads(line)["step"] <= first:
-                        kept.append(line + "\n")
+                    with suppress(ValueError):
+                        if line.strip() and json.loads(line)["step"] <= first:
+                            kept.append(line + "\n")
             write_text(path, "".join(kept))
 
     def write(self, **values: Any) -> None:
         if self.path:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+
+    def sync(self) -> None:
+        """Bring the lines to the disk, before a checkpoint that goes on behind them."""
+        if self.path:
+            sync(self.path)
 
 
 def write_json(path: Path, value: Any) -> None:

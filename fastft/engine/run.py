@@ -28,6 +28,7 @@ from fastft.engine.summaries import SummaryDemonstrations, SummaryLabelled
 from fastft.engine.teach import teach
 from fastft.engine.trainer import Trainer
 from fastft.engine.training import Training
+from fastft.engine.watch import watched
 from fastft.methods import ft
 from fastft.models.quantized import parameter_count
 from fastft.models.recompute import checkpoint_layers
@@ -56,6 +57,7 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begin
 
 
+@watched
 def run(config: Config) -> dict[str, Any]:
     """Run a config from start to end; returns what summary.json holds."""
     if config.method == "icl":
@@ -68,14 +70,18 @@ def run(config: Config) -> dict[str, Any]:
     out = Reporter(enabled=ranks.is_first)
     clock = Clock()
     output_dir = Path(config.output_dir)
-    resumed = open_output_dir(config, output_dir, ranks)
+    resumed = open_output_dir(config, output_dir, ranks, out)
 
     with clock.measure("load"):
         base = load_base(config, ranks, out)
+    if resumed:
+        resumed.check_base(base.fingerprint, config.model.name_or_path)
     out.line(f"{base.describe(config, ranks)}  ZeRO-{config.deepspeed.zero_stage}")
 
     with clock.measure("prepare"):
         prepared = source.prepare(base, ranks, out)
+    if resumed:
+        resumed.check_sequences(prepared.sequences)
     tokens = sum(len(s.token_ids) for s in prepared.sequences)
     kinds = Counter(s.kind for s in prepared.sequences)
     out.line(

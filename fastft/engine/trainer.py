@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -18,7 +16,6 @@ from fastft.config import Config
 from fastft.data.sequences import Batch
 from fastft.distributed import Ranks
 from fastft.engine import deepspeed_config
-from fastft.errors import FastftError
 from fastft.models.causal import PackedCausalLM
 from fastft.optim import LR_SCALE, build_optimizer, learning_rate
 
@@ -86,44 +83,12 @@ class Trainer:
         with deepspeed.zero.GatheredParameters(parameters, enabled=partitioned):
             return {name: p.detach().cpu().clone() for name, p in self.trained.items()}
 
-    def save_checkpoint(self, step: int, folder: Path) -> Path:
-        """Trained parameters, optimizer and step number as <folder>/step_<N>, complete or not at all."""
-        target = folder / f"step_{step}"
-        partial = folder / f".step_{step}.partial"
-        if self.ranks.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.ranks.barrier()
-        try:
-            self.engine.save_checkpoint(
-                str(partial), tag="state", client_state={"fastft_step": step}, exclude_frozen_parameters=True
-            )
-        except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
-            shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(folder).free / 2**20
-            last = list_checkpoints(folder)
-            raise FastftError(
-                f"the checkpoint of step {step} cannot be written to {folder} ({free:.0f} MiB free): "
-                f"{str(error).splitlines()[0]}. The last complete one is {last[-1] if last else 'none'}"
-            ) from error
-        self.ranks.barrier()
-        if self.ranks.is_first:
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-            for old in list_checkpoints(folder)[: -self.config.train.keep_checkpoints]:
-                shutil.rmtree(old)
-        self.ranks.barrier()
-        return target
-
-    def load_checkpoint(self, path: Path) -> int:
-        """Continue from a checkpoint; returns its step number."""
-        try:
-            loaded, state = self.engine.load_checkpoint(str(path), tag="state", load_module_strict=False)
-        except Exception as error:  # DeepSpeed raises many kinds for a checkpoint that does not fit
-            raise FastftError(f"{path}: this checkpoint cannot be loaded: {error}") from error
-        if loaded is None:
-            raise FastftError(f"{path}: this checkpoint is incomplete")
-        return state["fastft_step"]
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Name -> dtype and whole shape of each trained parameter."""
+        return {
+            name: {"dtype": str(p.dtype).removeprefix("torch."), "shape": list(getattr(p, "ds_shape", p.shape))}
+            for name, p in self.trained.items()
+        }
 
 
 @contextmanager
@@ -171,9 +136,3 @@ class NonFiniteStep(Exception):
     def __init__(self, step: int, batch: Batch, loss: float):
         super().__init__(f"step {step}: loss {loss}")
         self.step, self.batch, self.loss = step, batch, loss
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))

@@ -16,11 +16,12 @@ from fastft.config import Config
 from fastft.data.sequences import Batch, Sequence, batches
 from fastft.distributed import Ranks
 from fastft.engine.base import Base, Prepared
+from fastft.engine.checkpoints import Checkpoint, Checkpoints, list_checkpoints
 from fastft.engine.objective import Objective
 from fastft.engine.output import Metrics
 from fastft.engine.progress import Phase, Reporter, peak_memory_bytes
 from fastft.engine.stop import StopRequest
-from fastft.engine.trainer import NonFiniteStep, StepResult, Trainer, list_checkpoints
+from fastft.engine.trainer import NonFiniteStep, StepResult, Trainer
 from fastft.errors import Interrupted, NonFiniteLossError
 from fastft.methods.online import sample_completions
 from fastft.ops import raise_deferred_errors
@@ -49,18 +50,28 @@ class Training:
         self.sampled: dict[int, Sequence] = {}  # on-policy: what the student wrote for this step, by example
         self.last_line = 0
         self.step_seconds: list[float] = []
+        self.loss = float("nan")  # of the last step
+        self.checkpoints = Checkpoints(
+            self.output_dir / "checkpoints",
+            self.config,
+            self.base.fingerprint,
+            self.prepared.sequences,
+            self.ranks,
+        )
 
-    def run(self, checkpoint: Path | None) -> dict[str, Any]:
+    def run(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         """Take the steps, from a checkpoint on or all; figures of the whole: steps, last loss, where it resumed from.
 
         Signals stay deferred at the end: the caller has something to save first.
         """
-        t, loss = self.config.train, float("nan")
-        first = self.trainer.load_checkpoint(checkpoint) if checkpoint else 0
+        t, first = self.config.train, 0
+        if checkpoint:
+            self.checkpoints.load(self.trainer, checkpoint)
+            first, self.loss = checkpoint.step, checkpoint.about["loss"]
         metrics = Metrics(self.output_dir / "metrics.jsonl", first, enabled=self.ranks.is_first)
         self.stop.deferred = True
         if first:
-            self.out.line(f"resume     from step {first} ({checkpoint})")
+            self.out.line(f"resume     from step {first} ({checkpoint.path})")
         with self.out.phase("train", t.steps, "steps") as phase:
             phase.advance(first)
             for number, micro_batches in enumerate(self._plan(), 1):
@@ -70,12 +81,12 @@ class Training:
                 if self.config.distill.on_policy:
                     micro_batches = self._sample(number, micro_batches)
                 result = self._step(number, micro_batches)
-                loss, seconds = result.loss, time.monotonic() - begin
+                self.loss, seconds = result.loss, time.monotonic() - begin
                 self.step_seconds.append(seconds)
                 tokens_per_s = micro_batches[0].total_targets / seconds
                 metrics.write(
                     step=number,
-                    loss=loss,
+                    loss=self.loss,
                     lr=result.lr,
                     grad_norm=result.grad_norm,
                     tokens_per_s=tokens_per_s,
@@ -83,15 +94,20 @@ class Training:
                     time_s=seconds,
                 )
                 self._show(number, first, result, tokens_per_s, phase)
-                if number == t.steps:
+                is_last, nll = number == t.steps, None
+                if is_last and not t.keep_best:
                     break
-                if t.eval_every and number % t.eval_every == 0 and self.prepared.evaluated:
+                if t.eval_every and (is_last or number % t.eval_every == 0) and self.prepared.evaluated:
                     scores = self.evaluate()
+                    nll = scores["nll"]
                     metrics.write(step=number, **{f"evaluated_{k}": v for k, v in scores.items()})
-                    self.out.line(f"step {number}/{t.steps}  nll {scores['nll']:.4f}")
-                if result.stop or (t.save_every and number % t.save_every == 0):
-                    saved = self.trainer.save_checkpoint(number, self.output_dir / "checkpoints")
-                    if result.stop:
+                    self.out.line(f"step {number}/{t.steps}  nll {nll:.4f}")
+                is_due = t.save_every and number % t.save_every == 0 and not is_last
+                stops = result.stop and not is_last
+                if is_due or stops or self.checkpoints.is_best(nll):
+                    metrics.sync()
+                    saved = self.checkpoints.save(self.trainer, number, loss=self.loss, nll=nll)
+                    if stops:
                         raise Interrupted(
                             f"stopped after step {number} of {t.steps}; checkpoint {saved}. To go on, run the same "
                             "command with resume=auto",
@@ -99,7 +115,7 @@ class Training:
                         )
         return {
             "steps": t.steps,
-            "loss": loss,
+            "loss": self.loss,
             "resumed_from": first,
             "step_time_s": statistics.median(self.step_seconds) if self.step_seconds else None,
         }
@@ -178,7 +194,7 @@ class Training:
             of = f", document {self.prepared.windows[s.window].document!r}" if self.prepared.windows else ""
             where = f"example {culprits[0]} ({s.kind}{of}: {snippet!r}...)"
         if finite and error.step > 1:
-            self.trainer.save_checkpoint(error.step - 1, self.output_dir / "checkpoints")
+            self.checkpoints.save(self.trainer, error.step - 1, loss=self.loss)
         return NonFiniteLossError(
             f"step {error.step}: the loss is {error.loss}, from {where}; no parameter was changed by this step. "
             f"{self._kept_checkpoint()} Lower train.lr, or look at the example."

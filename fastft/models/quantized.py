@@ -166,8 +166,16 @@ def _quantize_8bit(weight: Tensor, parts: dict[str, Tensor]) -> None:
         values[begin : begin + rows] = torch.round(chunk / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None])
 
 
-def is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(m, QuantizedLinear) for m in model.modules())
+def dequantise(model: nn.Module) -> None:
+    """Put ordinary linear layers, with the values that the quantised weights stand for, in their place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            weight = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+            module.weight.dequantise(0, len(weight), weight)
+            with torch.device("meta"):
+                plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
+            model.set_submodule(name, plain)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ is left out; a mean over no weight at all is 0).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -135,6 +136,27 @@ def adamw_decode(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     code1, code2 = (state[name].to(state["exp_avg_scale"].dtype) for name in ("exp_avg", "exp_avg_sq"))
     root = (code2 / 254.99) ** 2 * expand(state["exp_avg_sq_scale"])
     return (code1 / 127) ** 4 * code1.sign() * expand(state["exp_avg_scale"]), root * root
+
+
+def adamw_encode(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
+    """8-bit state of these float32 moments, one scale for 256 elements, with `adamw_decode`'s keys.
+
+    exp_avg_sq is rounded to nearest here: what is encoded once needs no dither.
+    """
+
+    def scaled(x):
+        blocks = F.pad(x.reshape(-1), (0, -x.numel() % 256)).view(-1, 256)
+        scale = blocks.abs().amax(1)
+        return (blocks / scale.clamp_min(torch.finfo(x.dtype).tiny)[:, None]).reshape(-1)[: x.numel()], scale
+
+    average, scale = scaled(exp_avg)
+    root, root_scale = scaled(exp_avg_sq.sqrt())
+    return {
+        "exp_avg": (127 * average.abs().sqrt().sqrt()).round().mul(average.sign()).to(torch.int8).view(exp_avg.shape),
+        "exp_avg_sq": (254.99 * root.sqrt()).round().clamp(1, 255).to(torch.uint8).view(exp_avg.shape),
+        "exp_avg_scale": scale,
+        "exp_avg_sq_scale": root_scale,
+    }
 
 
 def attention(

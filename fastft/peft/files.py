@@ -59,11 +59,9 @@ def save_adapter(
         described = {"kind": "head", "base_model_name_or_path": base_model, "num_labels": num_labels}
         _write_json(folder / "head_config.json", described)
         return
-    targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name})
-    target_modules = targets if config.target_modules == "all-linear" else config.target_modules
     if not config.is_plain:
         _write_tensors(folder / "trained.safetensors", tensors)
-        described = config.model_copy(update={"target_modules": target_modules}).model_dump(mode="json")
+        described = config.model_copy(update={"target_modules": _targets(tensors, config)}).model_dump(mode="json")
         described = {"base_model_name_or_path": base_model, "num_labels": num_labels, "peft": described}
         _write_json(folder / "trained_config.json", described)
         return
@@ -72,25 +70,38 @@ def save_adapter(
         described = {"kind": "bitfit", "base_model_name_or_path": base_model, "add_biases": config.add_biases}
         _write_json(folder / "bitfit_config.json", described)
         return
+    save_peft(folder, tensors, config, base_model=base_model)
+
+
+def save_peft(folder: Path, tensors: dict[str, torch.Tensor], config: PeftConfig, *, base_model: str) -> None:
+    """Write LoRA's lora_A and lora_B, and a classification head where there is one, in PEFT's format."""
+    is_classifier = CLASSIFICATION_HEAD in tensors
     _write_tensors(
         folder / "adapter_model.safetensors",
         {f"base_model.model.{name.removesuffix('.weight')}.weight": t for name, t in tensors.items()},
     )
     described = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if num_labels is None else "SEQ_CLS",
+        "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "alpha_pattern": config.alpha_pattern,
-        "target_modules": target_modules,
+        "target_modules": _targets(tensors, config),
         "lora_dropout": 0.0,
         "bias": "none",
-        "modules_to_save": None if num_labels is None else [CLASSIFICATION_HEAD.removesuffix(".weight")],
+        "modules_to_save": [CLASSIFICATION_HEAD.removesuffix(".weight")] if is_classifier else None,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     _write_json(folder / "adapter_config.json", described)
+
+
+def _targets(tensors: dict[str, torch.Tensor], config: PeftConfig) -> list[str]:
+    """Names of the adapted layers, "all-linear" resolved."""
+    if config.target_modules != "all-linear":
+        return config.target_modules
+    return sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name})
 
 
 def head_name(model: PreTrainedModel) -> str:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fastft.cli import main
 from fastft.config import validate
 from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.labelled import Labelled
@@ -429,3 +432,30 @@ def test_a_head_needs_labels_of_the_task(labelled_config, launch, tmp_path):
     ok(launch(labelled_config("pbft", **task)))
     task["data"]["pattern"] = "letters"
     ok(launch(labelled_config("ft", **task)))
+
+
+@pytest.mark.parametrize("section", [{"kind": "lora", "r": 4}, {"kind": "bitfit"}, {"kind": "head"}])
+def test_a_merged_export_is_the_classifier(labelled_config, launch, tmp_path, tiny, section):
+    """method=ft: merged, also from a checkpoint, is transformers' sequence classifier."""
+    raw = labelled_config("ft", "opt", peft=section, train={"steps": 4, "save_every": 2})
+    ok(launch(raw))
+    run, base = Path(raw["output_dir"]), str(tiny("opt"))
+    for arguments in (["--out", "end"], ["--checkpoint", "step_2", "--out", "step_2"]):
+        arguments[-1] = str(tmp_path / arguments[-1])
+        assert main(["export", str(run), "--format", "merged", *arguments]) == 0
+    classifier = AutoModelForSequenceClassification
+    merged, early = (logits(classifier.from_pretrained(tmp_path / name)) for name in ("end", "step_2"))
+    expected = classifier.from_pretrained(base, num_labels=2)
+    if section["kind"] == "lora":
+        expected = PeftModel.from_pretrained(expected, run / "adapter")
+    else:
+        (file,) = (run / "adapter").glob("*.safetensors")
+        expected.load_state_dict(load_file(file), strict=False)
+    torch.testing.assert_close(merged, logits(expected), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(merged, early)
+
+
+def logits(model) -> torch.Tensor:
+    model.config.pad_token_id = 1
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 43).view(2, 20)).logits
