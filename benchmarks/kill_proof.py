@@ -64,22 +64,22 @@ def write_model(folder: Path) -> None:
 
 def config_of(phases: list[str], times: int, model: Path, folder: Path) -> dict[str, Any]:
     """A run whose phases last long enough to be killed in."""
-    teaches = "teach" in phases
+    teaches, many = "teach" in phases, times > 4
     return {
         "output_dir": str(folder / "run"),
         "cache_dir": str(folder / "cache"),
         "model": {"name_or_path": str(model), "dtype": "float32"},
-        "data": {"documents": None if teaches else [0], "control_documents": 0},
+        "data": {"documents": None if teaches and many else [0], "control_documents": 0},
         "queries": {
-            "passages": {"tokens": 48, "prompt_tokens": 16, "stride": 16 if not teaches else 4 if times < 5 else 1},
+            "passages": {"tokens": 48, "prompt_tokens": 16, "stride": 1 if teaches else 16},
             "self_study": {"count": 4, "examples": "", "max_question_tokens": 8, "max_answer_tokens": 8},
         },
         "peft": {"kind": "lora", "r": 256 if "checkpoint" in phases else 8},
         "train": {
-            "steps": 40 + 20 * times * ("train" in phases) + 8 * times * ("checkpoint" in phases),
+            "steps": 30 + 20 * times * ("train" in phases) + 8 * times * ("checkpoint" in phases),
             "batch_size": 4,
             "lr": 1.0e-3,
-            "eval_every": 10,
+            "eval_every": 10 if many else 20,
             "save_every": 1 if "checkpoint" in phases else 5,
             "keep_checkpoints": 2,
             "keep_best": True,
