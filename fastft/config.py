@@ -592,6 +592,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _state_on_disk_has_no_checkpoint(self):
+        if self.deepspeed.offload_optimizer == "nvme" and self.train.save_every:
+            raise ValueError(
+                "deepspeed.offload_optimizer=nvme keeps state that checkpoints do not reach; use cpu, or "
+                "train.save_every=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _quantized_is_frozen(self):
         if self.model.quantization != "none" and self.peft.kind == "full":
             raise ValueError(

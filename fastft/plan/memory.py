@@ -177,6 +177,10 @@ class Memory:
             own, own_host, _ = self._trained()
             device, host = device + own, host + own_host
         moments = [self._ask(ask, in_context=not trained) for ask in self.workload.asked]
+        if not moments and not trained and self._is_mapped() and self.config.distill.targets == "hidden":
+            # What is mapped from a file takes memory where it is read: not the head, of the embeddings a few rows.
+            outside = self.counts.parameters - self.counts.in_layers
+            device["base"] -= self.counts.head * self.itemsize * (outside // self.counts.head)
         if not trained:
             w, e = self.workload, self.config.evaluate
             moments += [self._encode(max(w.contexts))] if w.contexts else []
@@ -197,6 +201,9 @@ class Memory:
             if not any(ask.new for ask in self.workload.asked):
                 moment["prefix"] = self._prefix_bytes(sum(self.workload.contexts)) // self.counts.layers
         return self._finish(name, device + moment, host)
+
+    def _is_mapped(self) -> bool:
+        return self.device.is_cpu and self.config.model.quantization != "none"
 
     def _encode(self, tokens: int) -> Counter[str]:
         trace = self.tracer.peak(Pass((tokens,), 0, capture=True))

@@ -9,6 +9,9 @@ import pytest
 import torch
 import yaml
 
+from fastft.export import export
+from fastft.models import loading
+from fastft.models.quantized import dequantise
 from tests.conftest import ROOT, launch_processes, losses
 from tests.engine.test_run import ok
 
@@ -47,17 +50,30 @@ def test_an_online_teacher_learns_what_a_stored_one_teaches(base_config, launch,
     torch.testing.assert_close(online, stored, rtol=1e-4, atol=0)
 
 
-def test_the_adapter_names_the_base_and_loads_in_peft(base_config, launch, tmp_path):
+def test_the_adapter_loads_in_peft_and_merges_into_what_it_was_trained_on(base_config, launch, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    raw = base_config("opt", model={"quantization": "nf4"}, evaluate={"answers": False})
-    ok(launch(raw))
-    model = AutoModelForCausalLM.from_pretrained(raw["model"]["name_or_path"])
-    adapted = PeftModel.from_pretrained(model, Path(raw["output_dir"]) / "adapter")
-    assert any("lora_B" in name and p.abs().max() > 0 for name, p in adapted.named_parameters())
-    summary = json.loads((Path(raw["output_dir"]) / "summary.json").read_text())
+    raw = base_config("opt", model={"quantization": "nf4"}, train={"steps": 3, "save_every": 1, "lr": 0.05})
+    ok(launch({**raw, "evaluate": {"answers": False}}))
+    folder = Path(raw["output_dir"])
+    model = AutoModelForCausalLM.from_pretrained(raw["model"]["name_or_path"], dtype=torch.float32)
+    source = {"kind": "nf4", "dtype": "float32", "cache_dir": Path(raw["cache_dir"])}
+    quantised = loading.quantized_files(raw["model"]["name_or_path"], **source).load()
+    dequantise(quantised)
+    model.load_state_dict(quantised.state_dict())
+    adapted = PeftModel.from_pretrained(model, folder / "adapter").eval()
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["trained_parameters"] == sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        expected, base = adapted(input_ids=ids).logits, quantised(input_ids=ids).logits
+    assert (expected - base).abs().max() > 0.01
+    merged = export(folder, kind="merged", out=tmp_path / "merged")
+    export(folder, kind="merged", checkpoint="last", out=tmp_path / "last")  # it names the same base
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_full_fine_tuning_of_quantised_weights_is_refused(base_config, launch):
