@@ -45,7 +45,7 @@ WORK = {"train": 15, "teach": 60, "checkpoint": 4}
 DELAY_S = {"train": 0.1, "teach": 0.03, "checkpoint": 0.006}
 TIMEOUT_S = 900.0
 # What may differ between two runs of the same config: time, memory and how often it was resumed.
-OWN_FIGURES = ("seconds", "peak_memory_bytes", "resumed_from")
+OWN_FIGURES = ("seconds", "peak_memory_bytes", "resumed_from", "step_time_s", "plan")
 
 
 def write_model(folder: Path) -> None:
