@@ -194,7 +194,8 @@ def test_frozen_linear_keeps_no_input(dtype, bias):
         y.backward(dy)
         found.append((y.detach(), own_x.grad, *([] if b is None else [own_b.grad])))
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+        # Sums of 64 products of which the largest are near 10, rounded in another order.
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=64 * torch.finfo(dtype).eps)
 
 
 def test_frozen_linear_refuses_what_does_not_fit():
