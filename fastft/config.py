@@ -592,7 +592,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _state_on_disk_has_no_checkpoint(self):
+    def _nvme(self):
+        if self.deepspeed.offload_param == "nvme" and self.model.dtype == "float32":
+            raise ValueError(
+                "deepspeed.offload_param=nvme: DeepSpeed swaps parameters in 16 bits alone; use model.dtype=bfloat16 or "
+                "offload to cpu"
+            )
         if self.deepspeed.offload_optimizer == "nvme" and self.train.save_every:
             raise ValueError(
                 "deepspeed.offload_optimizer=nvme keeps state that checkpoints do not reach; use cpu, or "

@@ -78,3 +78,29 @@ RUNS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.pare
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
 def test_shipped_configs_are_valid(path):
     load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"deepspeed": {"offload_param": "nvme"}}, "needs nvme_path"),
+        ({"deepspeed": {"nvme_path": "/tmp"}}, "nvme_path=/tmp is not used"),
+        (
+            {"deepspeed": {"zero_stage": 2, "offload_optimizer": "nvme", "nvme_path": "/tmp"}},
+            "needs zero_stage=3, got 2",
+        ),
+        (
+            {"deepspeed": {"offload_param": "nvme", "nvme_path": "/tmp"}, "model": {"dtype": "float32"}},
+            "16 bits alone",
+        ),
+        (
+            {"deepspeed": {"offload_optimizer": "nvme", "nvme_path": "/tmp"}, "train": {"save_every": 5}},
+            "state that checkpoints do not reach",
+        ),
+        ({"model": {"quantization": "nf4"}, "peft": {"kind": "full"}}, "holds weights that take no gradient"),
+        ({"train": {"keep_best": True}}, "keep_best=true needs eval_every"),
+    ],
+)
+def test_memory_settings_that_exclude_each_other(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        validate({"output_dir": "runs/x", **changes})
