@@ -595,8 +595,8 @@ class Config(Section):
     def _nvme(self):
         if self.deepspeed.offload_param == "nvme" and self.model.dtype == "float32":
             raise ValueError(
-                "deepspeed.offload_param=nvme: DeepSpeed swaps parameters in 16 bits alone; use model.dtype=bfloat16 or "
-                "offload to cpu"
+                "deepspeed.offload_param=nvme: DeepSpeed swaps parameters in 16 bits alone; use model.dtype=bfloat16, "
+                "or offload to cpu"
             )
         if self.deepspeed.offload_optimizer == "nvme" and self.train.save_every:
             raise ValueError(
