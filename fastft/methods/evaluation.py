@@ -49,21 +49,6 @@ class Scores:
         return self.nll / self.answer_tokens
 
 
-def answer_nll(
-    lm: PackedCausalLM,
-    questions: list[tuple[list[int], list[list[int]]]],
-    *,
-    prefix: Prefix | None,
-    leading: list[int],
-) -> torch.Tensor:
-    """-log p(answer | prefix, prompt) in nats for each answer of each (prompt, answers), float64 on the CPU.
-
-    leading: tokens in front of the prompt where there is no prefix (which has them already).
-    """
-    [(_, (nll, _))] = lm.each([answer_job(lm, questions, prefix=prefix, leading=leading)])
-    return nll
-
-
 def answer_job(
     lm: PackedCausalLM,
     questions: list[tuple[list[int], list[list[int]]]],
@@ -73,9 +58,11 @@ def answer_job(
     also: HeadFn[Any] = lambda hidden, weight: None,
     item: Any = None,
 ) -> Job:
-    """A job whose result is `answer_nll`, and also(hidden states of the prompts' last tokens, the head's weight).
+    """A job with -log p(answer | prefix, prompt) of each answer of each (prompt, answers), nats, float64 on the CPU.
 
-    A prompt is computed once for all its answers, which branch off from it.
+    Its result has also(hidden states of the prompts' last tokens, the head's weight) besides. A prompt is computed once
+    for all its answers, which branch off from it.
+    leading: tokens in front of the prompt where there is no prefix (which has them already).
     """
     leading = leading if prefix is None else []
     ids, trunks, branches, ends = [], [], [], []

@@ -181,7 +181,7 @@ def choice_job(
     prefix: Prefix | None,
     item: Any = None,
 ) -> Job:
-    """A job whose result is `answer_nll` of each choice, and the most likely token behind each prompt, [B]."""
+    """A job whose result is -log p of each choice (`answer_job`), and the most likely token behind each prompt, [B]."""
     return answer_job(lm, questions, prefix=prefix, leading=[], also=most_likely_token, item=item)
 
 

@@ -10,7 +10,7 @@ from fastft.data.sequences import Window
 from fastft.distributed import Ranks
 from fastft.methods.evaluation import (
     QuestionSet,
-    answer_nll,
+    answer_job,
     evaluate,
     normalize,
     recovery,
@@ -32,12 +32,12 @@ def pair(request, tiny):
 
 
 @torch.no_grad()
-def test_answer_nll_equals_transformers(pair):
+def test_answer_job_equals_transformers(pair):
     ours, theirs = pair
     context = [0, 9, 17, 33, 120]
     items = [([45, 6], [[70, 71, 72], [9], [70, 8]]), ([8], [[300]]), ([5, 5, 5], [[4, 399], [4, 7, 1]])]
     for prefix, front in ((None, [0]), (ours.encode_prefix(tuple(context)), context)):
-        found = answer_nll(ours, items, prefix=prefix, leading=[0])
+        [(_, (found, _))] = ours.each([answer_job(ours, items, prefix=prefix, leading=[0])])
         pairs = [(prompt, answer) for prompt, answers in items for answer in answers]
         for value, (prompt, answer) in zip(found, pairs, strict=True):
             ids = torch.tensor([front + prompt + answer])
