@@ -21,7 +21,7 @@ A configuration is a YAML file of plain values, sections nested; `key.sub=value`
 value read as YAML. An unknown key, a wrong type and a value out of range are errors, all reported at once; so is a key
 that the method has no use for. Only `output_dir` has no default.
 
-    fastft train --cfg FILE train.steps=200 peft.kind=bitfit 'data.documents=[0, 1]'
+    fastft train --cfg FILE train.steps=200 peft.r=8 'data.documents=[0, 1]'
 """
 
 SWEEPS = """\
