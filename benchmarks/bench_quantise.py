@@ -2,10 +2,10 @@
 
 python benchmarks/bench_quantise.py --rows 256 1024 4096
 
-A weight of --rows x --columns becomes nf4 in blocks of 64. `quantise_4bit` reads it once and writes codes and scales, as
-bitsandbytes.functional.quantize_4bit does with the scales left in float32; the bits are compared. `dequantise_4bit`
-writes the values that the codes stand for, which every product with a quantised base does tile by tile. On a GPU
-fastft quantises by bitsandbytes: there is nothing to compare.
+A weight of --rows x --columns becomes nf4 in blocks of 64. `quantise_4bit` reads it once and writes codes and scales,
+as bitsandbytes.functional.quantize_4bit does with the scales left in float32; the bits are compared.
+`dequantise_4bit` writes the values that the codes stand for, which every product with a quantised base does tile by
+tile. On a GPU fastft quantises by bitsandbytes: there is nothing to compare.
 """
 
 from __future__ import annotations

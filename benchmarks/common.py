@@ -6,8 +6,8 @@ alternate between implementations so that a slow minute of the machine hits all 
 with the 20th and 80th percentile.
 
 JSON rows: name, impl, shape, dtype, device, median_ms, p20_ms, p80_ms, peak_memory_bytes, ratio_to_peer,
-roofline_fraction, and rounds, device_name, torch, error. ratio_to_peer is our median over that row's (in rows whose impl
-starts with "fastft": that row's over the fastest peer's): below 1 we are faster.
+roofline_fraction, and rounds, device_name, torch, error. ratio_to_peer is our median over that row's (in rows whose
+impl starts with "fastft": that row's over the fastest peer's): below 1 we are faster.
 roofline_fraction = max(bytes / bandwidth, flops / peak) / time.
 """
 
@@ -75,8 +75,9 @@ def peaks(device: str, dtype: torch.dtype) -> tuple[float, float] | None:
     """(FLOP/s, bytes/s) by `fastft.plan.hardware`: a GPU's from its table, a CPU's measured now; None if unknown."""
     name = str(dtype).removeprefix("torch.")
     found = hardware.this_device(name) if device == "cuda" else hardware.device("cpu", dtype=name)
-    # The table has no rate for float64.
-    return None if found is None or name == "float64" and device == "cuda" else (found.flops(name), found.bandwidth)
+    if found is None or (device == "cuda" and name == "float64"):  # the table has no rate for float64
+        return None
+    return found.flops(name), found.bandwidth
 
 
 class Clock:

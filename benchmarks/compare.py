@@ -3,13 +3,14 @@
 python benchmarks/compare.py NEW [KEPT] [--all] [--fail]
 
 NEW and KEPT are results of benchmarks/run_all.py or rows of one script; KEPT is docs/benchmarks/kept-cpu.json (or
--cuda.json) where it is not named. Rows are the same measurement where name, impl, shape, dtype and device are. Exit code 0;
-with --fail 1 where a row of ours became slower.
+-cuda.json) where it is not named. Rows are the same measurement where name, impl, shape, dtype and device are. Exit
+code 0; with --fail 1 where a row of ours became slower.
 
-**What is compared.** Machines are shared and differ from hour to hour, and one slow hour hits all implementations of a case
-alike: they run in alternating rounds. So a row's figure is the logarithm of its median over the median of the case's
-other rows that are not ours (the yardstick). A row without any is compared in milliseconds, and only between
-machines of the same name: those of another machine model say nothing about the code.
+**What is compared.** Machines are shared and differ from hour to hour, and one slow hour hits all implementations of a
+case alike: they run in alternating rounds. So a row's figure is the logarithm of its median over the middle one of the
+case's other rows that are not ours (the yardstick). A row without any is compared in milliseconds, and only between
+machines of the same name: those of another machine model say nothing about the code. What was measured while others
+took more than BUSY of the cores is not compared at all: threads that wait for each other then lose far more than that.
 
 **What is noise.** The difference d of two figures has the variance
 
@@ -28,7 +29,7 @@ import argparse
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "fastft"
 T, Z = 0.05, 3.0
+BUSY = 0.1
 ROUNDS = 7  # of rows that do not say
 
 Key = tuple[str, str, str, str, str]
@@ -45,7 +47,7 @@ Key = tuple[str, str, str, str, str]
 
 @dataclass(frozen=True)
 class Change:
-    """A row in both results: what its time is now over what it was, by the yardstick, and its standard error in log."""
+    """A row in both results. ratio: its time now over what it was, by the yardstick; error: of its logarithm."""
 
     key: Key
     before_ms: float
@@ -75,6 +77,9 @@ def read(path: Path) -> dict[Key, dict]:
         rows = found
     elif "parts" in found:
         rows = [row for part in found["parts"].values() for row in part["rows"]]
+        for part in found["parts"].values():
+            for row in part["rows"]:
+                row["busy_elsewhere"] = part["busy_elsewhere"]
     else:
         rows = found["rows"]
     return {key(row): row for row in rows if not row.get("error")}
@@ -85,25 +90,28 @@ def key(row: dict) -> Key:
     return row["name"], row["impl"], shape, row["dtype"], row["device"]
 
 
-def changes(new: dict[Key, dict], old: dict[Key, dict]) -> tuple[list[Change], list[Key]]:
-    """What can be compared, and the keys of what stands in both and cannot: another machine and no yardstick."""
+def changes(new: dict[Key, dict], old: dict[Key, dict]) -> tuple[list[Change], dict[Key, str]]:
+    """What can be compared; and what stands in both and cannot, with the reason."""
     cases: dict[tuple, list[Key]] = defaultdict(list)
-    for k in new.keys() & old.keys():
-        cases[k[:1] + k[2:]].append(k)
-    found, incomparable = [], []
+    left_out = {}
+    for k in sorted(new.keys() & old.keys()):
+        busy = max(rows[k].get("busy_elsewhere") or 0.0 for rows in (new, old))
+        if busy > BUSY:
+            left_out[k] = "something else ran on the machine meanwhile"
+        else:
+            cases[k[:1] + k[2:]].append(k)
+    found = []
     for members in cases.values():
-        for k in sorted(members):
+        for k in members:
             others = [o for o in members if o != k and not o[1].startswith(OURS)]
             if not others and new[k]["device_name"] != old[k]["device_name"]:
-                incomparable.append(k)
+                left_out[k] = "another machine, and no peer to compare with"
                 continue
             d = figure(new, k, others) - figure(old, k, others)
-            v = variance(new, k, others) + variance(old, k, others)
-            change = Change(
-                k, old[k]["median_ms"], new[k]["median_ms"], math.exp(d), v**0.5, "peers" if others else "ms"
-            )
-            found.append(change)
-    return found, incomparable
+            error = math.sqrt(variance(new, k, others) + variance(old, k, others))
+            times = old[k]["median_ms"], new[k]["median_ms"]
+            found.append(Change(k, *times, math.exp(d), error, "peers" if others else "ms"))
+    return found, left_out
 
 
 def figure(rows: dict[Key, dict], row: Key, others: list[Key]) -> float:
@@ -124,35 +132,29 @@ def squared_error(row: dict) -> float:
 
 
 def report(new: Path, old: Path, everything: bool = False) -> list[Change]:
-    """Print what moved; returns it."""
+    """Print what moved (or with `everything` all rows), and what could not be compared; returns what moved."""
     console = Console()
     if not old.exists():
-        console.print(f"nothing is kept yet in {old}: nothing to compare with (make bench KEEP=1 keeps a result)")
+        console.print(f"nothing is kept in {old}; make bench KEEP=1 keeps this result")
         return []
     after, before = read(new), read(old)
-    found, incomparable = changes(after, before)
-    moved = sorted((c for c in found if c.moved or everything), key=lambda c: -abs(math.log(c.ratio)))
-    table = Table("name", "shape", "dtype", "impl", "kept ms", "new ms", "new / kept", "noise", title=None)
-    for c in moved:
+    found, left_out = changes(after, before)
+    moved = [c for c in found if c.moved]
+    table = Table("name", "shape", "dtype", "impl", "kept ms", "new ms", "new / kept", "noise")
+    for c in sorted(found if everything else moved, key=lambda c: -abs(math.log(c.ratio))):
         name, impl, shape, dtype, _ = c.key
         color = ("red" if c.ratio > 1 else "green") if c.moved and c.is_ours else ""
-        cells = (f"{c.before_ms:.3f}", f"{c.after_ms:.3f}", f"{c.ratio:.2f} by {c.by}", f"± {Z * c.error:.0%}")
-        table.add_row(name, shape, dtype, impl, *cells, style=color)
-    if moved:
+        times = (f"{c.before_ms:.3f}", f"{c.after_ms:.3f}", f"{c.ratio:.2f} by {c.by}", f"{math.exp(Z * c.error):.2f}")
+        table.add_row(name, shape, dtype, impl, *times, style=color)
+    if table.row_count:
         console.print(table)
-    machines = {row["device_name"] for row in before.values()} - {row["device_name"] for row in after.values()}
-    if machines:
-        console.print(f"kept on another machine ({', '.join(sorted(machines))}): compared by ratio to peers alone")
-    for k in incomparable:
-        console.print(f"not compared, another machine and no peer: {', '.join(k)}")
-    count = sum(c.moved for c in found)
-    alone = len(after.keys() - before.keys())
-    console.print(
-        f"{count} of {len(found)} rows moved beyond noise"
-        + (f"; {alone} rows are new" if alone else "")
-        + f" (kept: {old.name})"
-    )
-    return [c for c in found if c.moved]
+    machines = [sorted({row["device_name"] for row in rows.values()}) for rows in (before, after)]
+    if machines[0] != machines[1]:
+        console.print(f"kept on {', '.join(machines[0])}: compared by the ratio to peers alone")
+    for reason, count in Counter(left_out.values()).items():
+        console.print(f"{count} rows not compared: {reason}")
+    console.print(f"{len(moved)} of {len(found)} rows moved beyond noise; {len(after.keys() - before.keys())} are new")
+    return moved
 
 
 def main() -> int:

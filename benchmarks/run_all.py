@@ -6,9 +6,9 @@ make bench KEEP=1                               # the result becomes the kept on
 python benchmarks/run_all.py [--quick] [--keep] [--only kl lora] [--json FILE] [--list]
 
 Every part is one run of a script. The result is a file of parts, {"parts": {name: {command, date, seconds, machine,
-versions, rows}}}; rows are those of benchmarks/common.py. `--keep` replaces the parts that ran in
-docs/benchmarks/kept-cpu.json (or kept-cuda.json), which `compare.py` reads as well. A part that fails keeps nothing, and
-the exit code is 1.
+versions, busy_elsewhere, rows}}}; rows are those of benchmarks/common.py, busy_elsewhere is the share of the cores that
+other processes took meanwhile. `--keep` replaces the parts that ran in docs/benchmarks/kept-cpu.json (or
+kept-cuda.json), which `compare.py` reads as well. A part that fails keeps nothing, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -124,21 +124,35 @@ def run(part: Part, device: str, quick: bool) -> dict[str, object] | None:
     options = [*part.options, *(["--no-compile"] if quick and part.compiles else [])]
     command = ["python", f"benchmarks/{part.script}.py", "--device", device, *options]
     print(f"\n== {shlex.join(command)}", flush=True)
-    begin = time.monotonic()
+    begin, own, busy = time.monotonic(), own_seconds(), busy_seconds()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         done = subprocess.run([sys.executable, *command[1:], "--json", str(out)], cwd=ROOT, check=False)
         if done.returncode != 0 or not out.exists():
             return None
         found = json.loads(out.read_text())
+    seconds = time.monotonic() - begin
+    others = busy_seconds() - busy - (own_seconds() - own)
     return {
         "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - begin, 1),
+        "seconds": round(seconds, 1),
         "machine": machine(),
         "versions": versions(),
+        "busy_elsewhere": round(max(0.0, others) / seconds / psutil.cpu_count(), 3),
         "rows": found["rows"] if isinstance(found, dict) else found,
     }
+
+
+def busy_seconds() -> float:
+    """Seconds of all cores since the machine began in which they worked for anybody, or were taken from it."""
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+
+
+def own_seconds() -> float:
+    """Seconds of all cores that this process took, and those that it waited for."""
+    return sum(os.times()[:4])
 
 
 def add(path: Path, entries: dict[str, dict]) -> None:

@@ -31,8 +31,7 @@ PLACEHOLDERS = {"FILE": "configs/quickstart.yaml", "RUN": "runs/mine", "FOLDER":
 PARSED = {
     r"make ": "installs packages; make reads the rules",
     r"pip install": "installs packages",
-    r"python benchmarks/(?!compare|plots|run_all)": "takes minutes to hours, or a GPU; their rows: tests/test_benchmarks.py",
-    r"python benchmarks/": "measures for minutes; compare, plots and run_all: tests/test_benchmarks.py",
+    r"python benchmarks/": "takes minutes to hours, or a GPU; short ones: tests/test_benchmarks.py",
     r"fastft sweep": "starts a process for each of many runs; its --dry-run is run",
 }
 OPTIONAL = {"lm_eval"}  # packages that a script is for, and tests do without
@@ -79,10 +78,8 @@ def write_data(folder: Path) -> None:
     hans = [{"premise": p["sentence1"], "hypothesis": p["sentence2"], "label": p["label"], **groups} for p in pairs]
     lines("data/hans/validation.jsonl", hans)
     asked = [(fact, {"question": q, "answers": [a]}) for _, fact, q, a in FACTS]
-    lines(
-        "facts.jsonl",
-        [{"id": str(i), "title": "A fact", "text": t, "questions": [q]} for i, (t, q) in enumerate(asked)],
-    )
+    documents = [{"id": str(i), "title": "A fact", "text": t, "questions": [q]} for i, (t, q) in enumerate(asked)]
+    lines("facts.jsonl", documents)
     shutil.copy(folder / "facts.jsonl", folder / "my.jsonl")
     reviews = [{"text": fact, "sentiment": ("pos", "neg")[i % 2]} for i, fact in enumerate(facts * 2)]
     for name in ("reviews", "films"):
