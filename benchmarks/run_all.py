@@ -195,7 +195,7 @@ def main() -> int:
         compare.report(args.json, kept)
         if args.keep:
             add(kept, json.loads(args.json.read_text())["parts"])
-            print(f"kept in {kept.relative_to(ROOT)}")
+            print(f"kept in {kept}")
     if failed:
         print(f"failed: {' '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
