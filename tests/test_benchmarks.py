@@ -97,26 +97,50 @@ def test_compare_informs_and_fails_where_asked(script, result, monkeypatch):
     assert compare.main() == 0
 
 
+SCRIPT = """
+import json, sys
+if "--fail" in sys.argv:
+    sys.exit(1)
+json.dump([{"name": "op", "impl": "fastft"}] * (2 - ("--no-compile" in sys.argv)), open(sys.argv[-1], "w"))
+"""
+
+
 def test_run_all_keeps_what_ran(script, tmp_path, monkeypatch, capsys):
     run_all = script("run_all")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/bench_op.py").write_text(SCRIPT)
     kept = tmp_path / "kept.json"
-    kept.write_text(json.dumps({"parts": {"other": {"rows": []}, "quantise": {"rows": []}}}))
-    part = run_all.Part("bench_quantise", ("--rows", "2", "--columns", "64", "--rounds", "1"), quick=True)
-    monkeypatch.setattr(run_all, "parts_of", lambda device: {"quantise": part})
+    kept.write_text(json.dumps({"parts": {"other": {"rows": []}, "op": {"rows": []}}}))
+    parts = {
+        "op": run_all.Part("bench_op", quick=True, compiles=True),
+        "broken": run_all.Part("bench_op", ("--fail",), quick=True),
+        "long": run_all.Part("bench_op"),
+        "elsewhere": run_all.Part("bench_op", quick=True, needs="a moon"),
+    }
+    monkeypatch.setattr(run_all, "ROOT", tmp_path)
+    monkeypatch.setattr(run_all, "parts_of", lambda device: parts)
     monkeypatch.setattr(run_all.compare, "kept", lambda device: kept)
-    out = ["--device", "cpu", "--quick", "--keep", "--json", str(tmp_path / "new.json")]
-    monkeypatch.setattr(sys, "argv", ["run_all.py", *out])
-    assert run_all.main() == 0
-    parts = json.loads(kept.read_text())["parts"]
-    assert list(parts) == ["other", "quantise"]
-    entry = parts["quantise"]
-    assert entry["machine"]["cores"] >= 1 and entry["machine"]["cpu"]
-    assert entry["versions"]["torch"] == entry["rows"][0]["torch"] and entry["date"] and entry["seconds"] > 0
-    assert entry["command"].startswith("python benchmarks/bench_quantise.py --device cpu")
-    assert 0 <= entry["busy_elsewhere"] <= 1
-    part = run_all.Part("bench_quantise", ("--rows", "nothing"), quick=True)
-    monkeypatch.setattr(run_all, "parts_of", lambda device: {"quantise": part})
-    assert run_all.main() == 1 and "failed: quantise" in capsys.readouterr().err
+    monkeypatch.setattr(run_all.compare, "report", lambda new, old: None)
+    out = tmp_path / "new.json"
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--device", "cpu", "--quick", "--keep", "--json", str(out)])
+    assert run_all.main() == 1
+    printed = capsys.readouterr()
+    assert "failed: broken" in printed.err and "left out: a moon" in printed.out
+    found = json.loads(kept.read_text())["parts"]
+    assert list(found) == ["other", "op"] and list(json.loads(out.read_text())["parts"]) == ["op"]
+    entry = found["op"]
+    assert entry["command"] == "python benchmarks/bench_op.py --device cpu --no-compile" and len(entry["rows"]) == 1
+    assert entry["machine"]["cores"] >= 1 and entry["machine"]["cpu"] and entry["versions"]["torch"]
+    assert entry["date"] and entry["seconds"] > 0 and 0 <= entry["busy_elsewhere"] <= 1
+
+
+def test_quantising_is_that_of_bitsandbytes(script, tmp_path, monkeypatch):
+    out = tmp_path / "rows.json"
+    shape = ["--rows", "2", "3", "--columns", "64", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_quantise.py", "--device", "cpu", *shape, "--json", str(out)])
+    assert script("bench_quantise").main() == 0
+    rows = json.loads(out.read_text())
+    assert len(rows) == 8 and not [row["error"] for row in rows if row["error"]]
 
 
 def test_every_kernel_has_a_picture_of_its_sizes(script, tmp_path, monkeypatch):
