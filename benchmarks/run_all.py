@@ -51,7 +51,7 @@ class Part:
 
 
 def parts_of(device: str) -> dict[str, Part]:
-    """name -> part; sweeps over sizes first, which benchmarks/plots.py draws."""
+    """name -> part; sweeps over sizes first, which benchmarks/plots.py draws; a script not named runs as it is."""
     if device == "cuda":
         whole = ("bench_distill_step", "bench_context_length", "bench_icl", "bench_large")
         return {
@@ -61,7 +61,7 @@ def parts_of(device: str) -> dict[str, Part]:
         }
     rte = (Path(os.environ.get("FASTFT_DATA", "")) / "rte").is_dir()
     rows, contexts = ("32", "128", "512"), ("64", "256", "1024", "4096")
-    return {
+    parts = {
         "kl": Part(
             "bench_kl",
             ("--rows", *rows, "--only", "log_softmax_kl forward+backward", "linear_topk_kl forward+backward"),
@@ -83,10 +83,11 @@ def parts_of(device: str) -> dict[str, Part]:
         "distill_step": Part("bench_distill_step"),
         "context_length": Part("bench_context_length"),
         "icl": Part("bench_icl", needs=None if rte else "FASTFT_DATA has no rte"),
-        "large": Part(
-            "bench_large", needs="OPT-30B takes 18 GiB and hours on a CPU; benchmarks/bench_large.py says how"
-        ),
+        "large": Part("bench_large", needs="OPT-30B takes 18 GiB and hours on a CPU; see benchmarks/bench_large.py"),
     }
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    others = sorted(scripts - {part.script for part in parts.values()})
+    return parts | {script.removeprefix("bench_"): Part(script) for script in others}
 
 
 def machine() -> dict[str, object]:

@@ -15,7 +15,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastft.cli import main
 from fastft.config import Config, load_config
@@ -153,21 +152,30 @@ def run_deepspeed(words: list[str], world: Path) -> None:
     run_config(launcher.user_args, world, "train")
 
 
-def run_mine(world: Path) -> None:
-    """Leaves the run that `export` reads."""
-    more = ["data.path=my.jsonl", "data.documents=null", "output_dir=runs/mine"]
-    run_config(["--cfg", "configs/quickstart.yaml", *more], world, "train")
+# Runs that commands and snippets read. runs/laptop is in a sweep's place: a run's folder serves as well.
+DOCUMENTS = ["configs/quickstart.yaml", "data.path=my.jsonl", "data.documents=null"]
+RUNS = {
+    "runs/mine": [*DOCUMENTS, "output_dir=runs/mine"],
+    "runs/parity": [*DOCUMENTS, "peft.activation=relu", "output_dir=runs/parity"],
+    "runs/ft_rte": ["configs/ft_rte.yaml"],
+    "runs/laptop": ["configs/pbft_rte.yaml", "output_dir=runs/laptop"],
+}
+
+
+def make_runs(text: str, world: Path) -> None:
+    """Leave the runs that a text names."""
+    for folder, words in RUNS.items():
+        if folder in text:
+            run_config(["--cfg", *words], world, "train")
 
 
 def run_report(words: list[str], world: Path) -> None:
-    run_config(["--cfg", "configs/pbft_rte.yaml"], world, "train")
-    if not (world / "runs/laptop").exists():  # in a sweep's place: a run's folder serves as well
-        shutil.copytree(world / "runs/pbft_rte", world / "runs/laptop")
+    make_runs(" ".join(words), world)
     fastft("report", *dict.fromkeys(words))
 
 
 def run_export(words: list[str], world: Path) -> None:
-    run_mine(world)
+    make_runs(" ".join(words), world)
     shutil.rmtree(world / "runs/mine/export", ignore_errors=True)
     DONE.pop(("export", *words), None)
     fastft("export", *words)
@@ -249,9 +257,9 @@ def test_a_command_runs(command: Command, world: Path):
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda b: b.place)
 def test_python_runs(block: Block, world: Path):
-    run_mine(world)
-    torch.manual_seed(0)
-    exec(compile(block.text, block.place, "exec"), {})
+    """`base` is the name of a model."""
+    make_runs(block.text, world)
+    exec(compile(block.text, block.place, "exec"), {"base": str(world / "MODEL")})
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda b: b.place)
