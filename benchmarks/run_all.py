@@ -180,7 +180,7 @@ def main() -> int:
     chosen = {n: q for n, q in parts.items() if (n in args.only if args.only else q.quick or not args.quick)}
     for name, part in chosen.items():
         if args.list or part.needs:
-            print(f"{name:<18}{'left out: ' + part.needs if part.needs else shlex.join([part.script, *part.options])}")
+            print(f"{name:<24}{'left out: ' + part.needs if part.needs else shlex.join([part.script, *part.options])}")
     if args.list:
         return 0
     args.json.unlink(missing_ok=True)
