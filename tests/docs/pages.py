@@ -80,8 +80,8 @@ def _code_lines(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def _words(line: str) -> tuple[str, ...]:
-    """The command without [what may be left out], comments, and variables in front."""
-    words = shlex.split(re.sub(r"(?<= )\[[^]]*\]", "", line), comments=True)
+    """The command without [what may be left out], comments, variables in front, and the file that it is written to."""
+    words = shlex.split(re.sub(r"(?<= )\[[^]]*\]| > \S+", "", line), comments=True)
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     return tuple(words)

@@ -131,7 +131,9 @@ def run_config(words: list[str], world: Path, command: str) -> None:
     if command == "evaluate":
         words = [word.replace("quickstart", "icl_rte") for word in words]
     config = load_config(words[words.index("--cfg") + 1], [w for w in words if re.match(r"[a-z_.]+=", w)])
-    fastft(command, *words, *small(config, world))
+    profiles = command == "profile" or any(word.startswith("profile.") for word in words)
+    recorded = ["train.steps=2", "profile.steps=1", "profile.wait=0"] if profiles else []
+    fastft(command, *words, *small(config, world), *recorded)
 
 
 def run_plan(words: list[str], world: Path) -> None:
