@@ -18,9 +18,11 @@ took more than BUSY of the cores is not compared at all: threads that wait for e
 
 s = ln(p80 / p20) / 1.68 is the standard deviation of one round (20th and 80th percentile of a normal are 1.68 apart), n
 the rounds, pi/2 what a median costs over a mean. t is what differs between processes and not between the rounds of one:
-pages, clocks, what the neighbours do for a minute. A row moved where |d| > Z sqrt(v).
+pages, clocks, what the neighbours do for a minute. A row moved where |d| > Z sqrt(v). The same implementation of a case
+in several sizes is also judged as a whole, by the mean of its d weighted with 1 / v: what slows a kernel down slows it
+down in every size, and the mean of three tells 1.3 from noise where one alone does not.
 
-T and Z are measured, see "Noise" in docs/benchmarks/README.md: of repeated runs of the same code.
+T and Z are measured on repeated runs, see "Noise" in docs/benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "fastft"
-T, Z = 0.05, 3.0
+T, Z = 0.04, 3.0
 BUSY = 0.1
 ROUNDS = 7  # of rows that do not say
 
@@ -114,6 +116,22 @@ def changes(new: dict[Key, dict], old: dict[Key, dict]) -> tuple[list[Change], d
     return found, left_out
 
 
+def by_kernel(found: list[Change]) -> list[Change]:
+    """The changes of one implementation in several sizes as one, with the mean of its times."""
+    groups: dict[tuple, list[Change]] = defaultdict(list)
+    for c in found:
+        groups[c.key[:2] + c.key[3:] + (c.by,)].append(c)
+    pooled = []
+    for (name, impl, dtype, device, by), own in groups.items():
+        if len(own) > 1:
+            weights = [c.error**-2 for c in own]
+            d = sum(w * math.log(c.ratio) for w, c in zip(weights, own, strict=True)) / sum(weights)
+            times = (statistics.geometric_mean(getattr(c, side) for c in own) for side in ("before_ms", "after_ms"))
+            key = (name, impl, f"all {len(own)} sizes", dtype, device)
+            pooled.append(Change(key, *times, math.exp(d), sum(weights) ** -0.5, by))
+    return pooled
+
+
 def figure(rows: dict[Key, dict], row: Key, others: list[Key]) -> float:
     """ln(the row's median over its yardstick, the middle one of the others)."""
     times = [math.log(rows[o]["median_ms"]) for o in others]
@@ -139,9 +157,10 @@ def report(new: Path, old: Path, everything: bool = False) -> list[Change]:
         return []
     after, before = read(new), read(old)
     found, left_out = changes(after, before)
-    moved = [c for c in found if c.moved]
+    kernels = by_kernel(found)
+    moved = [c for c in (*kernels, *found) if c.moved]
     table = Table("name", "shape", "dtype", "impl", "kept ms", "new ms", "new / kept", "noise")
-    for c in sorted(found if everything else moved, key=lambda c: -abs(math.log(c.ratio))):
+    for c in sorted((*kernels, *found) if everything else moved, key=lambda c: -abs(math.log(c.ratio))):
         name, impl, shape, dtype, _ = c.key
         color = ("red" if c.ratio > 1 else "green") if c.moved and c.is_ours else ""
         times = (f"{c.before_ms:.3f}", f"{c.after_ms:.3f}", f"{c.ratio:.2f} by {c.by}", f"{math.exp(Z * c.error):.2f}")
@@ -153,7 +172,11 @@ def report(new: Path, old: Path, everything: bool = False) -> list[Change]:
         console.print(f"kept on {', '.join(machines[0])}: compared by the ratio to peers alone")
     for reason, count in Counter(left_out.values()).items():
         console.print(f"{count} rows not compared: {reason}")
-    console.print(f"{len(moved)} of {len(found)} rows moved beyond noise; {len(after.keys() - before.keys())} are new")
+    rows, whole = sum(c.moved for c in found), sum(c.moved for c in kernels)
+    console.print(
+        f"{rows} of {len(found)} rows and {whole} of {len(kernels)} kernels in all their sizes moved beyond noise; "
+        f"{len(after.keys() - before.keys())} rows are new"
+    )
     return moved
 
 
