@@ -137,8 +137,9 @@ def main() -> int:
     for name, sweeps in PICTURES.items():
         with matplotlib.rc_context(STYLE):
             figure = draw(rows, sweeps)
-            for kind in ("svg", "png") if figure else ():
-                (args.out / f"{name}.{kind}").write_bytes(rendered(figure, kind))
+            if figure:
+                (args.out / f"{name}.svg").write_bytes(rendered(figure, "svg"))
+                figure.savefig(args.out / f"{name}.png", dpi=110)
         print(f"{name:<24}{args.out / name}.svg, .png" if figure else f"{name:<24}no sizes in {args.result.name}")
     return 0
 
