@@ -137,10 +137,10 @@ def run(part: Part, device: str, quick: bool) -> dict[str, object] | None:
     return {
         "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "machine": machine(),
         "versions": versions(),
-        "busy_elsewhere": round(max(0.0, others) / seconds / psutil.cpu_count(), 3),
+        "busy_elsewhere": round(min(1.0, max(0.0, others / seconds / psutil.cpu_count())), 3),
         "rows": found["rows"] if isinstance(found, dict) else found,
     }
 
