@@ -74,6 +74,11 @@ class ModelConfig(Section):
         description="attention over packed sequences: on a GPU flash-attn 3, 4 or 2, or torch's own varlen_attn, all "
         "without padding; sdpa: padded, through torch's kernels; auto: the first that can be used, on a CPU fastft's",
     )
+    layers: Literal["device", "host"] = Field(
+        "device",
+        description="where the decoder layers' weights live before training, and for icl; host: each visits the device "
+        "once a phase and runs over everything there is to compute. deepspeed.offload_param implies host",
+    )
     prefix: Literal["device", "host", "int8"] = Field(
         "device",
         description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
@@ -477,8 +482,7 @@ class DeepSpeedConfig(Section):
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where optimizer states live")
     offload_param: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu, nvme: stage 3 keeps parameters in host memory or on disk; before training, and for icl, each "
-        "decoder layer visits the device once a phase and runs over everything there is to compute",
+        description="cpu, nvme: stage 3 keeps parameters in host memory or on disk, in training too",
     )
     nvme_path: str | None = Field(None, description="offloading to nvme: a folder on a fast local disk")
     config_file: str | None = Field(None, description="a DeepSpeed JSON file merged over the derived one")
@@ -598,6 +602,11 @@ class Config(Section):
                 "deepspeed.offload_param=nvme: DeepSpeed swaps parameters in 16 bits alone; use model.dtype=bfloat16, "
                 "or offload to cpu"
             )
+        if self.deepspeed.offload_param == "nvme" and self.model.quantization != "none":
+            raise ValueError(
+                f"deepspeed.offload_param=nvme with model.quantization={self.model.quantization}: DeepSpeed swaps "
+                "parameters in 16 bits alone; offload to cpu, where the quantised weights are mapped from their files"
+            )
         if self.deepspeed.offload_optimizer == "nvme" and self.train.save_every:
             raise ValueError(
                 "deepspeed.offload_optimizer=nvme keeps state that checkpoints do not reach; use cpu, or "
@@ -644,6 +653,11 @@ class Config(Section):
                 "use lora, bitfit or full"
             )
         return self
+
+    @property
+    def has_host_layers(self) -> bool:
+        """Whether the decoder layers visit the device one at a time, wherever nothing is trained."""
+        return self.model.layers == "host" or self.deepspeed.offload_param != "none"
 
     @property
     def data_seed(self) -> int:

@@ -84,11 +84,11 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     # A back end that was asked for and cannot be used is refused here, not at the first layer.
     backend = loading.attention_backend(model, m.attention, ranks.device)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    if config.deepspeed.offload_param == "none":
-        lm = PackedCausalLM(model.to(ranks.device), placement=m.prefix)
-    else:
-        lm = PackedCausalLM(model, placement=m.prefix)
+    lm = PackedCausalLM(model, placement=m.prefix)
+    if config.has_host_layers:
         lm.keep_layers_on_host(ranks.device)
+    else:
+        model.to(ranks.device)
     return Base(
         lm,
         Text(tokenizer),

@@ -35,14 +35,13 @@ class Trainer:
 
     def __init__(self, lm: PackedCausalLM, trained: dict[str, nn.Parameter], config: Config, ranks: Ranks):
         self.config, self.ranks, self.trained = config, ranks, trained
-        if config.deepspeed.zero_stage == 3:
-            gather_by_layer(lm)
+        derived = deepspeed_config.derive(config, ranks.world_size, lm)
+        optimizer = build_optimizer(trained, config.train, config.peft)
         with one_thread():
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=lm,
-                optimizer=build_optimizer(trained, config.train, config.peft),
-                config=deepspeed_config.derive(config, ranks.world_size, sum(p.numel() for p in trained.values())),
-            )
+            if config.deepspeed.zero_stage == 3:
+                gather_by_layer(lm)
+                partition_parameters(lm, derived, getattr(torch, config.model.dtype), ranks.device)
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=derived)
         self.lm: PackedCausalLM = self.engine.module
 
     def step(self, number: int, micro_batches: list[Batch], loss_fn: LossFn, stop: bool) -> StepResult:
@@ -122,6 +121,19 @@ def gather_by_layer(lm: PackedCausalLM) -> None:
         if any(p.requires_grad for p in layer.parameters()):
             layer.register_forward_pre_hook(_require_input_grad)
             break
+
+
+def partition_parameters(lm: PackedCausalLM, derived: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Deal the parameters out to the ranks, one after the other, from wherever they are; buffers go to the device.
+
+    deepspeed.initialize would first move the whole model to the device, which a base that needs ZeRO-3 need not fit.
+    """
+    for parameter in lm.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=lm, config_dict_or_path=derived, dtype=dtype)
+    for buffer in lm.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _require_input_grad(module: nn.Module, args: tuple) -> tuple:

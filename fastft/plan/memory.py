@@ -97,8 +97,8 @@ class Memory:
     def _base(self, *, training: bool) -> tuple[Counter[str], Counter[str]]:
         """The base's weights on the device and on the host.
 
-        Before there is a trainer every rank holds them whole, or with offload_param the layers on the host, of which
-        two visit the device. Then ZeRO-3 deals them out and gathers what is at work.
+        Before there is a trainer every rank holds them whole, or the layers on the host, of which two visit the device.
+        Then ZeRO-3 deals them out and gathers what is at work.
         """
         c, d = self.counts, self.config.deepspeed
         device, host = Counter(), Counter()
@@ -113,7 +113,7 @@ class Memory:
                 (host if offloads else device)["base"] = (whole - kept) // self.ranks
             device["base"] += kept
             device["communication"] = self._gathered(whole)
-        elif offloads and not training and not self.device.is_cpu:
+        elif self.config.has_host_layers and not training and not self.device.is_cpu:
             host["base"] = layers
             device["base"] = whole - layers
             device["communication"] = 2 * layers // c.layers
@@ -193,7 +193,7 @@ class Memory:
         if self.config.model.prefix == "host" and not self.device.is_cpu:
             host["prefix"] += moment["prefix"]
             moment["prefix"] = 2 * moment["prefix"] // self.counts.layers  # the layer at work and the next
-        if not trained and self.config.deepspeed.offload_param != "none":
+        if not trained and self.config.has_host_layers:
             # Everything goes through one layer before the next: hidden states wait on the host, of the contexts' keys
             # and values there is one layer, unless answers are generated behind them.
             tokens = sum(self.workload.contexts) + sum(self.workload.sequences)

@@ -95,6 +95,7 @@ class Roofline:
     def phases(self, step_s: float) -> dict[str, float]:
         """Seconds of a whole run: contexts and targets of the teacher, evaluations, all steps."""
         w, config = self.workload, self.config
+        crossing = self._crossing()
         found = {}
         context = max(w.contexts, default=0)
         if w.contexts and (config.method != "distill" or config.distill.teacher == "stored" or w.asked):
@@ -103,14 +104,15 @@ class Roofline:
         if config.method == "distill" and config.distill.teacher == "stored":
             forwards = -(-len(w.sequences) // config.evaluate.batch_size)
             flops = self.forward_flops(w.sequences, context)
-            found["teach"] = (self._bound(flops, forwards) + self._dequantise(forwards)) / self.ranks
+            found["teach"] = max((self._bound(flops, forwards) + self._dequantise(forwards)) / self.ranks, crossing)
         if config.method != "icl":
             found["train"] = step_s * config.train.steps
         if w.evaluated_tokens:
             linear = self.linear_flops(w.evaluated_tokens)
             pairs = self.attention_flops(w.evaluated_tokens * context)
             times = {"icl": (1, 1), "distill": (3, 1)}.get(config.method, (1, 0))  # evaluations, of them in context
-            found["evaluate"] = (times[0] * linear + times[1] * pairs) / self.rate / self.ranks
+            asked = (times[0] * linear + times[1] * pairs) / self.rate / self.ranks
+            found["evaluate"] = max(asked, times[0] * crossing)
         return found
 
     def _seconds(self, flops: float, nbytes: float) -> float:
@@ -148,6 +150,12 @@ class Roofline:
         if d.offload_optimizer != "none":
             nbytes += 2 * self.counts.trained / self.ranks * self.itemsize
         return nbytes / self.device.link
+
+    def _crossing(self) -> float:
+        """Layers that live on the host cross once for a phase without training, while others compute."""
+        if self.device.is_cpu or not self.config.has_host_layers:
+            return 0.0
+        return self.weights / self.device.link
 
     def _communication(self, passes: float) -> float:
         """ZeRO-3 receives what the other ranks hold of the weights for each pass; gradients are reduced once a step."""
