@@ -124,9 +124,8 @@ class Memory:
     def _gathered(self, whole: int) -> int:
         """Bytes of what ZeRO-3 has gathered; what arrives lies in a buffer until each parameter is copied out of it."""
         c = self.counts
-        live = min(c.parameters - c.small, LIVE_PARAMETERS)
-        arriving = max(c.head, c.in_layers // c.layers) + min(c.parameters, PREFETCH)
-        return (live + arriving) * whole // c.parameters
+        layer = c.in_layers // c.layers
+        return (2 * layer + max(c.head, layer)) * whole // c.parameters
 
     def _trained(self) -> tuple[Counter[str], Counter[str], int]:
         """What the trained parameters cost between steps, and the bytes that an optimizer step takes besides."""
@@ -144,6 +143,8 @@ class Memory:
             held["gradients"] += share * b
         if d.zero_stage:
             device["communication"] += min(n, BUCKET) * b
+        if self.ranks > 1 and self.device.is_cpu:
+            device["communication"] += SHARED_MEMORY
         return device, host, 4 * share if has_master else 0
 
     def _train(self) -> Phase:
@@ -240,8 +241,7 @@ class Memory:
         return positions * (self.counts.hidden * self.itemsize if d.targets == "hidden" else d.top_k * 8)
 
 
-LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many may be gathered at a time
-PREFETCH = 5 * 10**7  # stage3_prefetch_bucket_size: so many are fetched ahead
+SHARED_MEMORY = 66 * 2**20  # DeepSpeed's buffers for all-reduce between processes on one CPU
 BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
 
 
