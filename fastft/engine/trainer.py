@@ -19,6 +19,8 @@ from fastft.engine import deepspeed_config
 from fastft.models.causal import PackedCausalLM
 from fastft.optim import LR_SCALE, build_optimizer, learning_rate
 
+GATHER_BYTES = 2**28  # of whole parameters that ZeRO-3 brings to every rank at a time
+
 LossFn = Callable[[list[int]], torch.Tensor]  # example indices -> loss summed over their target positions
 
 
@@ -76,11 +78,29 @@ class Trainer:
         return StepResult(mean, lr, float(own_norm if norm is None else norm), stop=asked > 0)
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """The trained parameters, whole, on the CPU, by name in the model (a collective under ZeRO-3)."""
-        parameters = list(self.trained.values())
+        """The trained parameters, whole, in the first rank's host memory, by name in the model; elsewhere {}.
+
+        A collective under ZeRO-3, which gathers no more than GATHER_BYTES at a time: all weights may be trained.
+        """
         partitioned = self.config.deepspeed.zero_stage == 3
-        with deepspeed.zero.GatheredParameters(parameters, enabled=partitioned):
-            return {name: p.detach().cpu().clone() for name, p in self.trained.items()}
+        whole: dict[str, torch.Tensor] = {}
+        for names in self._gathered_together():
+            with deepspeed.zero.GatheredParameters([self.trained[name] for name in names], enabled=partitioned):
+                if self.ranks.is_first:
+                    whole |= {name: self.trained[name].detach().cpu().clone() for name in names}
+        return whole
+
+    def _gathered_together(self) -> Iterator[list[str]]:
+        """The names of the trained parameters in groups of up to GATHER_BYTES, larger ones alone."""
+        names, waiting = [], 0
+        for name, p in self.trained.items():
+            nbytes = getattr(p, "ds_numel", p.numel()) * p.element_size()
+            if names and waiting + nbytes > GATHER_BYTES:
+                yield names
+                names, waiting = [], 0
+            names, waiting = [*names, name], waiting + nbytes
+        if names:
+            yield names
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Name -> dtype and whole shape of each trained parameter."""
