@@ -1,7 +1,7 @@
 # make quickstart   distil a document into SmolLM2-135M and show what it learned
 # make test         run the tests, JOBS of them at a time (a core each)
 # make lint         ruff, clang-format
-# make bench        benchmarks
+# make bench        benchmarks, and what moved since the kept result; QUICK=1: under five minutes; KEEP=1: keep this result
 # Each makes its own virtual environment in $(VENV) when there is none.
 
 PYTHON ?= python3
@@ -29,10 +29,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.built $(VENV)/.demo
 	@$(PIP) ".[bench]"
-	@mkdir -p runs/bench
-	@failed=; for script in benchmarks/bench_*.py; do \
-	  $(BIN)/python $$script --json runs/bench/$$(basename $$script .py).json || failed="$$failed $$script"; \
-	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	@$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick) $(if $(KEEP),--keep)
 
 install: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 

@@ -181,12 +181,22 @@ def prefixed(args) -> common.Case:
     )
 
 
+def with_(args, **values):
+    return SimpleNamespace(**{**vars(args), **values})
+
+
 if __name__ == "__main__":
     p = common.parser(__doc__.splitlines()[0])
     p.add_argument("--model", default="smollm2-135m", choices=list(MODELS), help="whose heads")
     p.add_argument("--sequences", type=int, default=8)
-    p.add_argument("--longest", type=int, default=64, help="tokens of the longest sequence")
-    p.add_argument("--context", type=int, default=896, help="tokens of the prefix")
+    p.add_argument("--longest", type=int, nargs="+", default=[64], help="tokens of the longest sequence")
+    p.add_argument("--context", type=int, nargs="+", default=[896], help="tokens of the prefix")
     args = p.parse_args()
     args.heads, args.kv_heads, args.head_size = MODELS[args.model]
-    sys.exit(common.main(args, [functools.partial(packed, args), functools.partial(prefixed, args)]))
+    cases = []
+    for longest in args.longest:
+        cases += [functools.partial(packed, with_(args, longest=longest, context=0))]
+        cases += [
+            functools.partial(prefixed, with_(args, longest=longest, context=context)) for context in args.context
+        ]
+    sys.exit(common.main(args, cases))

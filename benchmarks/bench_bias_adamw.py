@@ -65,8 +65,8 @@ def deepspeed_cpu(params):
     return DeepSpeedCPUAdam(params, lr=1e-3, weight_decay=1e-2, fp32_optimizer_states=True)
 
 
-def case(args, layout: str, state_bits: int) -> common.Case:
-    sizes = bias_sizes(args.layers, args.hidden, args.ffn or 4 * args.hidden)
+def case(args, layers: int, layout: str, state_bits: int) -> common.Case:
+    sizes = bias_sizes(layers, args.hidden, args.ffn or 4 * args.hidden)
     total = sum(sizes)
     sizes = sizes if layout == "list" else [total]
     if state_bits == 32:
@@ -102,13 +102,13 @@ def case(args, layout: str, state_bits: int) -> common.Case:
 
 def main() -> int:
     p = common.parser(__doc__.splitlines()[0])
-    p.add_argument("--layers", type=int, default=48)
+    p.add_argument("--layers", type=int, nargs="+", default=[48])
     p.add_argument("--hidden", type=int, default=7168)
     p.add_argument("--ffn", type=int, help="default: 4 * hidden")
     p.add_argument("--deepspeed", action="store_true", help="also DeepSpeed's CPUAdam, which is compiled first")
     args = p.parse_args()
-    cases = [functools.partial(case, args, layout, bits) for layout in ("list", "flat") for bits in (32, 8)]
-    return common.main(args, cases)
+    kinds = [(layers, layout, bits) for layers in args.layers for layout in ("list", "flat") for bits in (32, 8)]
+    return common.main(args, [functools.partial(case, args, *kind) for kind in kinds])
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def rates(device: str, dtype: torch.dtype) -> tuple[float, float, float]:
     """(FLOP/s, bytes/s, exponentials/s)."""
     known = common.peaks(device, dtype)
     if known is None:
-        raise SystemExit("no peaks are known for this GPU: add it to benchmarks/common.py")
+        raise SystemExit("no peaks are known for this GPU: add it to fastft/plan/hardware.py")
     x = torch.randn(2**18 if device == "cpu" else 2**26, device=device)
     y = torch.empty_like(x)
 

@@ -72,11 +72,7 @@ def train_config(a, kind: str) -> dict:
     # The passages begin where the last of `queries` still has all of its tokens.
     stride = room if a.queries == 1 else max(1, (room - QUERY) // (a.queries - 1))
     return {
-        "method": "distill",
-        "output_dir": str(a.folder / "runs" / f"{a.size}-{kind}"),
-        "cache_dir": str(a.folder / "cache"),
-        "overwrite": True,
-        "model": base_of(a),
+        **opening(a, "distill", kind),
         "data": {"path": str(document), "control_documents": 0, "window": {"tokens": a.context}},
         "queries": {
             "passages": {"tokens": QUERY, "prompt_tokens": PROMPT, "stride": stride},
@@ -95,8 +91,16 @@ def train_config(a, kind: str) -> dict:
     }
 
 
-def base_of(a) -> dict:
-    return {"name_or_path": str(model_folder(a)), "random_weights": True, "quantization": "nf4", "dtype": a.dtype}
+def opening(a, method: str, name: str) -> dict:
+    """What the configs of all rows begin with."""
+    model = {"name_or_path": str(model_folder(a)), "random_weights": True, "quantization": "nf4", "dtype": a.dtype}
+    return {
+        "method": method,
+        "output_dir": str(a.folder / "runs" / f"{a.size}-{name}"),
+        "cache_dir": str(a.folder / "cache"),
+        "overwrite": True,
+        "model": model,
+    }
 
 
 def icl_config(a) -> dict:
@@ -116,11 +120,7 @@ def icl_config(a) -> dict:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files[name] = str(path)
     return {
-        "method": "icl",
-        "output_dir": str(a.folder / "runs" / f"{a.size}-icl"),
-        "cache_dir": str(a.folder / "cache"),
-        "overwrite": True,
-        "model": base_of(a),
+        **opening(a, "icl", "icl"),
         "data": {
             "task": "jsonl",
             "files": files,

@@ -10,6 +10,7 @@ base's dtype, `fastft_products` our layer with torch's products in place of our 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from pathlib import Path
@@ -213,26 +214,28 @@ def trained_bias(args, K: int, N: int):
     )
 
 
+def cases_of(args, rows: int):
+    args = argparse.Namespace(**{**vars(args), "rows": rows})
+    (K, N), (_, ffn) = MODELS[args.model]
+    return [
+        functools.partial(case, args, K, N, 1, False),
+        functools.partial(case, args, K, N, 1, True),
+        functools.partial(case, args, K, ffn, 1, True),
+        functools.partial(case, args, K, N, 3, True),
+        functools.partial(quantised, args, K, N),
+        functools.partial(trained_bias, args, K, N),
+        functools.partial(trained_bias, args, K, ffn),
+    ]
+
+
 def main() -> int:
     p = common.parser(__doc__.splitlines()[0])
-    p.add_argument("--rows", type=int, default=1024)
+    p.add_argument("--rows", type=int, nargs="+", default=[1024])
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--model", choices=list(MODELS), default="opt-1.3b")
     p.add_argument("--form", choices=["kernels", "products"], help="default: what fastft picks by itself")
     args = p.parse_args()
-    (K, N), (_, ffn) = MODELS[args.model]
-    return common.main(
-        args,
-        [
-            functools.partial(case, args, K, N, 1, False),
-            functools.partial(case, args, K, N, 1, True),
-            functools.partial(case, args, K, ffn, 1, True),
-            functools.partial(case, args, K, N, 3, True),
-            functools.partial(quantised, args, K, N),
-            functools.partial(trained_bias, args, K, N),
-            functools.partial(trained_bias, args, K, ffn),
-        ],
-    )
+    return common.main(args, [case for rows in args.rows for case in cases_of(args, rows)])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ alternate between implementations so that a slow minute of the machine hits all 
 with the 20th and 80th percentile.
 
 JSON rows: name, impl, shape, dtype, device, median_ms, p20_ms, p80_ms, peak_memory_bytes, ratio_to_peer,
-roofline_fraction, and device_name, torch, error. ratio_to_peer is our median over that row's (in rows whose impl starts
-with "fastft": that row's over the fastest peer's): below 1 we are faster.
+roofline_fraction, and rounds, device_name, torch, error. ratio_to_peer is our median over that row's (in rows whose
+impl starts with "fastft": that row's over the fastest peer's): below 1 we are faster.
 roofline_fraction = max(bytes / bandwidth, flops / peak) / time.
 """
 
@@ -27,18 +27,10 @@ from pathlib import Path
 
 import torch
 
+from fastft.plan import hardware
+
 OURS = "fastft"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-# (TFLOP/s in bf16 with float32 accumulation, GB/s). H200: achieved by large matrix products and copies on that
-# card; the others from NVIDIA's datasheets and architecture white papers (dense).
-PEAKS = {
-    "H200": (790.0, 4300.0),
-    "RTX 5090": (209.0, 1792.0),
-    "RTX 4090": (165.0, 1008.0),
-    "A10": (125.0, 600.0),
-    "RTX 3090": (71.0, 936.0),
-}
 
 
 @dataclass
@@ -64,7 +56,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     p.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     p.add_argument("--rounds", type=int, help="timed rounds (default 7 on the CPU, 30 on CUDA)")
-    p.add_argument("--only", default="", help="only cases whose name contains this")
+    p.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")
     p.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     return p
 
@@ -79,28 +71,13 @@ def device_name(device: str) -> str:
         return f"CPU, {torch.get_num_threads()} threads"
 
 
-def _best_seconds(function: Callable[[], object], repeats: int = 5) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def peaks(device: str, dtype: torch.dtype) -> tuple[float, float] | None:
-    """(FLOP/s, bytes/s): the table's on CUDA, this process's own best on a CPU; None where neither is known."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        known = [v for k, v in PEAKS.items() if k in name]
-        # The table is for 16-bit tensor cores; float32 without TF32 has another ceiling.
-        return (known[0][0] * 1e12, known[0][1] * 1e9) if known and dtype != torch.float32 else None
-    a = torch.randn(512, 2048).to(dtype)
-    b = torch.randn(2048, 2048).to(dtype)
-    x = torch.zeros(2**26, dtype=torch.uint8)
-    y = torch.zeros_like(x)
-    flops = 2 * 512 * 2048 * 2048 / _best_seconds(lambda: a @ b)
-    return flops, 2 * x.numel() / _best_seconds(lambda: y.copy_(x))
+    """(FLOP/s, bytes/s) by `fastft.plan.hardware`: a GPU's from its table, a CPU's measured now; None if unknown."""
+    name = str(dtype).removeprefix("torch.")
+    found = hardware.this_device(name) if device == "cuda" else hardware.device("cpu", dtype=name)
+    if found is None or (device == "cuda" and name == "float64"):  # the table has no rate for float64
+        return None
+    return found.flops(name), found.bandwidth
 
 
 class Clock:
@@ -231,6 +208,7 @@ def run_case(case: Case, args, ceiling) -> list[dict]:
                 "median_ms": median[impl],
                 "p20_ms": percentile(times[impl], 0.2),
                 "p80_ms": percentile(times[impl], 0.8),
+                "rounds": rounds,
                 "peak_memory_bytes": memory[impl],
                 "ratio_to_peer": ratio,
                 "roofline_fraction": fraction,
@@ -288,12 +266,14 @@ def main(args, cases: list[Callable[[], Case]]) -> int:
     failed = False
     for build in cases:
         case = build()
-        if args.only not in case.name:
+        if not any(word in case.name for word in args.only):
             continue
         new = run_case(case, args, ceiling)
         print_rows(new)
         rows += new
         failed |= any(row["impl"] == OURS and row["error"] for row in new)
+        if "compile" in case.implementations:
+            torch.compiler.reset()  # dynamo compiles one function for eight shapes and then runs it as it is
         del case
         gc.collect()
         if args.json:  # after every case: what is done stays if a later one is cut off

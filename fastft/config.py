@@ -13,7 +13,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -842,19 +842,21 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tu
             yield from describe(kind, f"{key}.")
         else:
             default = "required" if field.is_required() else _yaml_value(field.get_default(call_default_factory=True))
-            yield key, _type_name(kind), default, field.description or ""
+            yield key, _type_name(kind) + _bounds(field.metadata), default, field.description or ""
 
 
 def _yaml_value(value: Any) -> str:
     if isinstance(value, tuple):
         value = list(value)
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)  # which is YAML, on one line
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
 
 
 def _type_name(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _type_name(args[0])
+        return _type_name(args[0]) + _bounds(args[1:])
     if origin is Literal:
         return "|".join(map(str, args))
     if origin in (typing.Union, types.UnionType):
@@ -862,3 +864,11 @@ def _type_name(kind: Any) -> str:
     if origin in (list, tuple):
         return f"{origin.__name__}[{', '.join(_type_name(a) for a in args)}]"
     return getattr(kind, "__name__", str(kind))
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    """ " >= 0, <= 1" of Field(ge=0, le=1), whether it stands beside the type or within it."""
+    found = [m for item in metadata for m in getattr(item, "metadata", [item])]
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [f"{sign} {getattr(m, name):g}" for name, sign in signs.items() for m in found if hasattr(m, name)]
+    return " " + ", ".join(bounds) if bounds else ""

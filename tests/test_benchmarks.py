@@ -2,20 +2,155 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import itertools
 import json
+import random
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT, clean_environment
 
+SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
 
-def test_the_gpu_suite_knows_every_benchmark():
-    spec = importlib.util.spec_from_file_location("gpu_suite", ROOT / "benchmarks/gpu_suite.py")
-    suite = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = suite
-    spec.loader.exec_module(suite)
-    assert set(suite.BENCHES) == {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(name): a module of benchmarks/."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_every_benchmark_is_run_on_every_device(script):
+    assert set(script("gpu_suite").BENCHES) == SCRIPTS - {"bench_quantise"}  # bitsandbytes quantises on a GPU
+    assert {part.script for part in script("run_all").parts_of("cpu").values()} == SCRIPTS
+    assert {part.script for part in script("run_all").parts_of("cuda").values()} == SCRIPTS - {"bench_quantise"}
+
+
+def rows_of(seed: int, slower: float = 1.0, hour: float = 1.0, device_name: str = "EPYC, 2 threads") -> list[dict]:
+    """A run of one case in four sizes, with peers; ours takes `slower` times as long, all take `hour` times."""
+    noise = random.Random(seed)
+    rows = []
+    for rows_count in (32, 64, 128, 256):
+        for impl, factor in (("fastft", slower), ("eager", 2.0), ("compile", 1.2), ("peft", 3.0)):
+            times = sorted(rows_count * factor * hour * noise.lognormvariate(0, 0.03) for _ in range(7))
+            shape = {"rows": rows_count, "hidden": 8}
+            row = {"name": "op forward", "impl": impl, "shape": shape, "dtype": "float32", "device": "cpu"}
+            row |= {"median_ms": times[3], "p20_ms": times[1], "p80_ms": times[5], "rounds": 7}
+            row |= {"peak_memory_bytes": 2**20, "device_name": device_name, "error": None}
+            rows.append(row)
+    return rows
+
+
+@pytest.fixture
+def result(tmp_path):
+    """result(name, rows): a file as run_all writes it."""
+
+    def write(name: str, rows: list[dict], busy: float = 0.0):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"parts": {"op": {"busy_elsewhere": busy, "rows": rows}}}))
+        return path
+
+    return write
+
+
+def test_a_slow_hour_is_noise_and_a_slower_kernel_is_not(script, result, capsys):
+    compare = script("compare")
+    kept = result("kept", rows_of(0))
+    assert compare.report(result("same", rows_of(1, hour=1.7)), kept) == []
+    moved = compare.report(result("slower", rows_of(2, slower=1.3)), kept)
+    assert {c.key[1] for c in moved} == {"fastft"} and "all 4 sizes" in {c.key[2] for c in moved}
+    assert all(1.2 < c.ratio < 1.4 for c in moved)
+    assert "1 of 4 kernels in all their sizes moved" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_false_alarms_are_rare(script, result):
+    compare = script("compare")
+    runs = [compare.read(result(f"run{i}", rows_of(i))) for i in range(20)]
+    pairs = [c for a, b in itertools.pairwise(runs) for c in compare.changes(a, b)[0]]
+    assert len(pairs) == 19 * 16 and sum(c.moved for c in pairs) <= len(pairs) / 20
+
+
+def test_other_machines_are_compared_by_ratio_and_busy_ones_not_at_all(script, result, capsys):
+    compare = script("compare")
+    alone = [row for row in rows_of(0) if row["impl"] == "fastft"]
+    elsewhere = [row for row in rows_of(1, hour=5.0, device_name="Xeon") if row["impl"] == "fastft"]
+    assert compare.report(result("new", rows_of(1, hour=5.0, device_name="Xeon")), result("kept", rows_of(0))) == []
+    assert "kept on EPYC, 2 threads: compared by the ratio" in capsys.readouterr().out
+    assert compare.report(result("new", elsewhere), result("kept", alone)) == []
+    assert "4 rows not compared: another machine" in capsys.readouterr().out
+    assert compare.report(result("new", rows_of(1, slower=9.0), busy=0.5), result("kept", rows_of(0))) == []
+    assert "16 rows not compared: something else ran" in capsys.readouterr().out
+
+
+def test_compare_informs_and_fails_where_asked(script, result, monkeypatch):
+    compare = script("compare")
+    kept, new = result("kept", rows_of(0)), result("new", rows_of(1, slower=1.5))
+    rows = kept.with_name("rows.json")
+    rows.write_text(json.dumps(rows_of(0)))  # of a script alone
+    for old, options, code in ((kept, [], 0), (kept, ["--fail"], 1), (rows, ["--fail"], 1)):
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(new), str(old), *options])
+        assert compare.main() == code
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(kept), str(new), "--fail"])  # became faster
+    assert compare.main() == 0
+
+
+SCRIPT = """
+import json, sys
+if "--fail" in sys.argv:
+    sys.exit(1)
+json.dump([{"name": "op", "impl": "fastft"}] * (2 - ("--no-compile" in sys.argv)), open(sys.argv[-1], "w"))
+"""
+
+
+def test_run_all_keeps_what_ran(script, tmp_path, monkeypatch, capsys):
+    run_all = script("run_all")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/bench_op.py").write_text(SCRIPT)
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps({"parts": {"other": {"rows": []}, "op": {"rows": []}}}))
+    parts = {
+        "op": run_all.Part("bench_op", quick=True, compiles=True),
+        "broken": run_all.Part("bench_op", ("--fail",), quick=True),
+        "long": run_all.Part("bench_op"),
+        "elsewhere": run_all.Part("bench_op", quick=True, needs="a moon"),
+    }
+    monkeypatch.setattr(run_all, "ROOT", tmp_path)
+    monkeypatch.setattr(run_all, "parts_of", lambda device: parts)
+    monkeypatch.setattr(run_all.compare, "kept", lambda device: kept)
+    monkeypatch.setattr(run_all.compare, "report", lambda new, old: None)
+    out = tmp_path / "new.json"
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--device", "cpu", "--quick", "--keep", "--json", str(out)])
+    assert run_all.main() == 1
+    printed = capsys.readouterr()
+    assert "failed: broken" in printed.err and "left out: a moon" in printed.out
+    found = json.loads(kept.read_text())["parts"]
+    assert list(found) == ["other", "op"] and list(json.loads(out.read_text())["parts"]) == ["op"]
+    entry = found["op"]
+    assert entry["command"] == "python benchmarks/bench_op.py --device cpu --no-compile" and len(entry["rows"]) == 1
+    assert entry["machine"]["cores"] >= 1 and entry["machine"]["cpu"] and entry["versions"]["torch"]
+    assert entry["date"] and entry["seconds"] > 0 and 0 <= entry["busy_elsewhere"] <= 1
+
+
+def test_quantising_is_that_of_bitsandbytes(script, tmp_path, monkeypatch):
+    out = tmp_path / "rows.json"
+    shape = ["--rows", "2", "3", "--columns", "64", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_quantise.py", "--device", "cpu", *shape, "--json", str(out)])
+    assert script("bench_quantise").main() == 0
+    rows = json.loads(out.read_text())
+    assert len(rows) == 8 and not [row["error"] for row in rows if row["error"]]
+
+
+def test_every_kernel_has_a_picture_of_its_sizes(script, tmp_path, monkeypatch):
+    plots = script("plots")
+    monkeypatch.setattr(sys, "argv", ["plots.py", "--out", str(tmp_path)])
+    assert plots.main() == 0
+    for name in plots.PICTURES:
+        assert (tmp_path / f"{name}.svg").read_text().count("<path") > 20
+        assert (ROOT / f"docs/benchmarks/plots/{name}.svg").exists()
+        assert f"benchmarks/plots/{name}.svg" in (ROOT / "docs/kernels.md").read_text()
 
 
 def run(bench: str, *options: str, json_file) -> dict[tuple[str, str], dict]:

@@ -17,7 +17,7 @@ LAYERS = [
     {"methods"},
     {"report", "plan"},
     {"engine", "doctor", "sweep", "export"},
-    {"cli"},
+    {"cli", "reference"},
     {"train"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
