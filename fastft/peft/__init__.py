@@ -13,6 +13,7 @@ from fastft.config import PeftConfig
 from fastft.errors import ModelError
 from fastft.peft import bitfit, lora
 from fastft.peft.files import head_name, read_trained, save_adapter
+from fastft.peft.masked_relu import mask_relus
 from fastft.peft.switch import adapter_off
 
 __all__ = ["adapter_off", "bitfit", "head_name", "inject", "load_trained", "lora", "save_adapter"]
@@ -21,6 +22,7 @@ __all__ = ["adapter_off", "bitfit", "head_name", "inject", "load_trained", "lora
 def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter]:
     """Make the configured parameters of a frozen model trainable and return them by their name in `model`.
 
+    ReLUs whose results backward then does not need are replaced, see `masked_relu`.
     Raises ModelError where the model has nothing of the kind asked for.
     """
     if config.kind == "lora":
@@ -40,7 +42,10 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter
         trained = dict(model.requires_grad_(True).named_parameters())
     else:  # the head, which method=ft puts there, with every kind
         trained = {}
-    return {**trained, **embeddings(model)} if config.train_embeddings else trained
+    if config.train_embeddings:
+        trained |= embeddings(model)
+    mask_relus(model)
+    return trained
 
 
 def embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:
