@@ -82,6 +82,13 @@ def test_a_trace_keeps_what_autograd_keeps(tiny, name, kind, recomputed):
     assert abs(traced[ACTIVATIONS] - kept.nbytes) <= 6 * hidden + 0.02 * kept.nbytes
 
 
+def test_bitfit_keeps_six_hidden_states_and_a_bit_for_each_relu():
+    """OPT-30B at 256 tokens: input, q, k, v, attention's output and residual of each layer, and 4 H bits; 1.1 GB."""
+    tracer = Tracer(architecture.PUBLISHED["facebook/opt-30b"], config(peft={"kind": "bitfit"}).peft, "bfloat16", None)
+    traced = tracer.peak(Pass((256,), 256, trains=True, loss="kl"))
+    assert traced[ACTIVATIONS] == pytest.approx(48 * 256 * (6 * 7168 * 2 + 28672 / 8), rel=0.01)
+
+
 def test_layers_are_counted_on_from_three():
     """Five layers traced in full are what two and three say of five."""
     deep = LlamaConfig(**{**TINY["llama"].to_dict(), "num_hidden_layers": 5})
