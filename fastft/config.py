@@ -443,10 +443,10 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(100, description="optimizer steps")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer step, over all processes")
     micro_batches: PositiveInt = Field(1, description="parts into which each process splits its share of the batch")
-    activation_checkpointing: Literal["none", "full"] | PositiveInt = Field(
+    activation_checkpointing: Literal["none", "attention", "full"] | PositiveInt = Field(
         "none",
-        description="decoder layers that keep only their input and are computed again in backward, to save memory: "
-        "none, full (all), or how many",
+        description="what keeps only its input and is computed again in backward, to save memory: none, attention (of "
+        "every layer), so many of the first decoder layers, or full (all layers)",
     )
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")

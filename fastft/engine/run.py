@@ -31,7 +31,7 @@ from fastft.engine.training import Training
 from fastft.engine.watch import watched
 from fastft.methods import ft
 from fastft.models.quantized import parameter_count
-from fastft.models.recompute import checkpoint_layers
+from fastft.models.recompute import checkpoint_activations
 
 # What a run learns from: how it is prepared, what a step minimises, and what is evaluated and reported.
 SOURCES = {
@@ -103,9 +103,7 @@ def run(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     num_labels = source.num_labels if config.method == "ft" else None
     trained = inject(config, base, num_labels)
-    recomputed = config.train.activation_checkpointing
-    if recomputed != "none":
-        checkpoint_layers(base.lm, None if recomputed == "full" else recomputed)
+    checkpoint_activations(base.lm, config.train.activation_checkpointing)
     number, total_number = sum(p.numel() for p in trained.values()), parameter_count(base.lm)
     out.line(
         f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "

@@ -1,4 +1,4 @@
-"""Activation checkpointing: decoder layers that keep their input alone and are computed again in backward.
+"""Activation checkpointing: modules that keep their input alone and are computed again in backward.
 
 Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174.
 """
@@ -11,6 +11,35 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft.errors import ModelError
 from fastft.models.causal import PackedCausalLM
+
+
+def checkpoint_activations(lm: PackedCausalLM, what: str | int) -> None:
+    """As train.activation_checkpointing says: "none", "attention", so many of the first layers, or "full", all."""
+    if what == "attention":
+        checkpoint_attention(lm)
+    elif what != "none":
+        checkpoint_layers(lm, None if what == "full" else what)
+
+
+def attention_modules(lm: PackedCausalLM) -> list[nn.Module]:
+    """Each decoder layer's attention with its projections: the part that knows the layer's place in a cache."""
+    return [m for layer in lm.layers for m in layer.children() if hasattr(m, "layer_idx")]
+
+
+def checkpoint_attention(lm: PackedCausalLM) -> None:
+    """Make each layer's attention keep its input [1, T, H] alone, instead of queries, keys, values and output.
+
+    A third of OPT's layer is computed again (Llama's: a fifth), for half of what BitFit keeps or LoRA on queries and
+    values: there the MLP is frozen, and a bit of each ReLU is all that it keeps (docs/scaling.md has the counts).
+    """
+    modules = attention_modules(lm)
+    if not modules:
+        raise ModelError(
+            f"{type(lm.model).__name__} has no attention modules that fastft knows; use train.activation_checkpointing="
+            "full, a number of layers, or none"
+        )
+    for module in modules:
+        _checkpoint(module)
 
 
 def checkpoint_layers(lm: PackedCausalLM, count: int | None = None) -> None:
@@ -28,13 +57,13 @@ def checkpoint_layers(lm: PackedCausalLM, count: int | None = None) -> None:
         _checkpoint(layer)
 
 
-def _checkpoint(layer: nn.Module) -> None:
+def _checkpoint(module: nn.Module) -> None:
     # Inside of the module's hooks: ZeRO-3 has gathered the layer for its backward when it is computed again.
-    whole = layer.forward
+    whole = module.forward
 
     def forward(*args, **kwargs):
         if not torch.is_grad_enabled():
             return whole(*args, **kwargs)
         return checkpoint(whole, *args, use_reentrant=False, **kwargs)
 
-    layer.forward = forward
+    module.forward = forward

@@ -17,6 +17,7 @@ from fastft.methods import ft
 from fastft.models import loading
 from fastft.models.attention import implementation
 from fastft.models.causal import PackedCausalLM
+from fastft.models.recompute import attention_modules
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -117,12 +118,13 @@ class Counts:
     """What a model is made of, in parameters, and what of it a run trains.
 
     linear: weights that every token is multiplied by, the head apart: matrices of the decoder layers and of projections
-    around them. small: those of tensors below ZeRO-3's
+    around them; attention_linear: those of them in the layers' attention. small: those of tensors below ZeRO-3's
     persistence threshold, which every rank keeps whole. bias_copies: what BitFit keeps of the base.
     """
 
     parameters: int
     linear: int
+    attention_linear: int
     quantisable: int  # weights of the decoder layers' linear modules
     quantisable_rows: int
     in_layers: int  # of the decoder layers
@@ -166,6 +168,7 @@ def count(model_config: PretrainedConfig, config: Config, num_labels: int | None
     return Counts(
         parameters=total,
         linear=sum(linear.values()),
+        attention_linear=sum(linear.get(id(p), 0) for m in attention_modules(lm) for p in m.parameters()),
         quantisable=sum(m.weight.numel() for m in inside),
         quantisable_rows=sum(m.weight.shape[0] for m in inside),
         in_layers=sum(layer_sizes),

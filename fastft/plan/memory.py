@@ -150,9 +150,8 @@ class Memory:
         device, host = self._base(training=True)
         own, own_host, step = self._trained()
         lengths, rows = self.workload.micro_batch(self.config, self.ranks)
-        trace = self.tracer.peak(
-            Pass(lengths, rows, trains=True, loss=self._loss(), recomputed=recomputed_layers(self.config, self.counts))
-        )
+        checkpointing = self.config.train.activation_checkpointing
+        trace = self.tracer.peak(Pass(lengths, rows, trains=True, loss=self._loss(), checkpointing=checkpointing))
         if sum(trace.values()) >= step:
             device += Counter(
                 activations=trace.get(ACTIVATIONS, 0), live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0)
@@ -243,12 +242,6 @@ class Memory:
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many may be gathered at a time
 PREFETCH = 5 * 10**7  # stage3_prefetch_bucket_size: so many are fetched ahead
 BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
-
-
-def recomputed_layers(config: Config, counts: Counts) -> int:
-    """Decoder layers that are computed again in backward."""
-    count = config.train.activation_checkpointing
-    return {"none": 0, "full": counts.layers}.get(count) if isinstance(count, str) else min(count, counts.layers)
 
 
 def base_bytes(counts: Counts, config: Config) -> tuple[int, int]:

@@ -148,7 +148,7 @@ class Planner:
         if trains:
             axis("train.micro_batches", *_doubles(c.train.micro_batches, -(-c.train.batch_size // self.ranks)))
             layers = self.counts.layers
-            axis("train.activation_checkpointing", *([layers // 2] if layers > 1 else []), "full")
+            axis("train.activation_checkpointing", "attention", *([layers // 2] if layers > 1 else []), "full")
             if optimizer_kind(c) == "adamw":
                 axis("train.optimizer", "adamw_8bit")
         if c.peft.kind != "full":

@@ -5,7 +5,7 @@ With W weights of linears, a = 4 H D operations a layer for each pair of a query
     forward of T tokens      2 W T + a * pairs        (causal: T^2 / 2 pairs, behind a context of C: T C more)
     backward, frozen base    2 W T + 2.5 a * pairs    (the gradient of the input; of the weights another 2 W' T)
     head and loss            three products of V h with each target row: student, teacher, gradient
-    recompute                a forward, with train.activation_checkpointing=full
+    recompute                a forward of what train.activation_checkpointing names
 
 A part takes at least the time of reading its weights once. A quantised weight is first written out in model.dtype and
 read again, for each pass. What crosses the link to the host or to other ranks is a part of its own: nothing here
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from fastft.config import Config
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import Device
-from fastft.plan.memory import base_bytes, optimizer_kind, recomputed_layers
+from fastft.plan.memory import base_bytes, optimizer_kind
 from fastft.plan.workload import Workload
 
 STEP_PARTS = {
@@ -76,12 +76,15 @@ class Roofline:
         backward = self.linear_flops(tokens) + 2.5 * self.attention_flops(pairs) + 2 * adapter
         backward += 2.0 * c.trained_linear * tokens
         online = self.config.method == "distill" and self.config.distill.teacher == "online"
-        again = recomputed_layers(self.config, c) / c.layers  # share of the layers
+        again, attention_again = self._recomputed()
         passes = 2 + again
         products = 3 if self.config.method == "distill" and self.config.distill.targets == "hidden" else 2
         found = {
             "student_forward": self._bound(forward, t.micro_batches),
-            "recompute": again * self._bound(forward, t.micro_batches),
+            "recompute": self._seconds(
+                again * (forward - self.attention_flops(pairs)) + attention_again * self.attention_flops(pairs),
+                again * t.micro_batches * c.linear * self.itemsize,
+            ),
             "backward": self._bound(backward, t.micro_batches),
             "head_and_loss": self._seconds(products * self.head_flops(rows), products * c.head * self.itemsize),
             "dequantise": self._dequantise(passes * t.micro_batches),
@@ -114,6 +117,14 @@ class Roofline:
             asked = (times[0] * linear + times[1] * pairs) / self.rate / self.ranks
             found["evaluate"] = max(asked, times[0] * crossing)
         return found
+
+    def _recomputed(self) -> tuple[float, float]:
+        """Of a forward's linears and of its products of scores and values, the shares that backward computes again."""
+        c, what = self.counts, self.config.train.activation_checkpointing
+        if what == "attention":
+            return c.attention_linear / c.linear, 1.0
+        layers = {"none": 0, "full": c.layers}[what] if isinstance(what, str) else min(what, c.layers)
+        return layers / c.layers, layers / c.layers
 
     def _seconds(self, flops: float, nbytes: float) -> float:
         return max(flops / self.rate, nbytes / self.device.bandwidth)

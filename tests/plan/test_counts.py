@@ -170,6 +170,10 @@ def test_time_of_a_step_on_a_4090():
     assert step["head_and_loss"] * roofline.rate == pytest.approx(3 * 2 * 256 * counts.head)
     c.train.activation_checkpointing = "full"
     assert roofline.step()["recompute"] == pytest.approx(step["student_forward"])
+    c.train.activation_checkpointing = "attention"  # 4 H^2 of 12 H^2 weights, and its products
+    linears, products = roofline.linear_flops(256), roofline.attention_flops(256 * 256 / 2)
+    assert roofline.step()["recompute"] * roofline.rate == pytest.approx(linears / 3 + products)
+    c.train.activation_checkpointing = "full"
     c.model.quantization = "nf4"
     # Three passes; 0.226 s with scales of 4 bytes for 64 weights, here of one.
     assert roofline.step()["dequantise"] == pytest.approx(0.226 * 2.516 / 2.563, abs=0.001)

@@ -16,7 +16,7 @@ from fastft.errors import FastftError
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
-from fastft.models.recompute import checkpoint_layers
+from fastft.models.recompute import checkpoint_activations
 from fastft.ops import linear_log_softmax_kl
 from fastft.plan import architecture, hardware
 from fastft.plan.memory import Phase
@@ -58,20 +58,19 @@ class Kept:
         return sum(s.nbytes() for s in self.storages)
 
 
-@pytest.mark.parametrize("recomputed", [0, 3])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 @pytest.mark.parametrize("name", ["opt", "llama"])
 @pytest.mark.parametrize("kind", ["lora", "bitfit", "full"])
-def test_a_trace_keeps_what_autograd_keeps(tiny, name, kind, recomputed):
+def test_a_trace_keeps_what_autograd_keeps(tiny, name, kind, checkpointing):
     """The activations of a trace without data, against the tensors that a real forward saves."""
     c = config(peft={"kind": kind, **({"add_biases": True} if kind == "bitfit" and name == "llama" else {})})
     model = load_model(str(tiny(name)), dtype="bfloat16")
     tracer = Tracer(model.config, c.peft, "bfloat16", None)
     lengths = (60, 40, 100)
-    traced = tracer.peak(Pass(lengths, 200, trains=True, loss="kl", recomputed=min(recomputed, tracer.layers)))
+    traced = tracer.peak(Pass(lengths, 200, trains=True, loss="kl", checkpointing=checkpointing))
     lm = PackedCausalLM(model)
     peft.inject(model, c.peft)
-    if recomputed:
-        checkpoint_layers(lm)
+    checkpoint_activations(lm, checkpointing)
     kept = Kept(model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
         ids = torch.zeros(1, sum(lengths), dtype=torch.long)
