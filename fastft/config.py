@@ -448,6 +448,11 @@ class TrainConfig(Section):
         description="what keeps only its input and is computed again in backward, to save memory: none, attention (of "
         "every layer), so many of the first decoder layers, or full (all layers)",
     )
+    activation_offloading: bool = Field(
+        False,
+        description="GPU: what checkpointed layers keep waits in host memory, copied while others compute; with "
+        "activation_checkpointing=full or a number of layers",
+    )
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up, to zero")
@@ -469,6 +474,15 @@ class TrainConfig(Section):
         "`fastft export --checkpoint best`; needs eval_every",
     )
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations of the student; 0: only at the end")
+
+    @model_validator(mode="after")
+    def _offloading(self):
+        if self.activation_offloading and self.activation_checkpointing in ("none", "attention"):
+            raise ValueError(
+                "activation_offloading=true moves the inputs of checkpointed layers: it needs "
+                f"activation_checkpointing=full or a number of layers, got {self.activation_checkpointing}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best(self):

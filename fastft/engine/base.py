@@ -58,6 +58,11 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     m = config.model
     if m.dtype == "float16" and ranks.device.type == "cpu":
         raise FastftError("model.dtype=float16 needs a GPU; on the CPU use bfloat16 or float32")
+    if config.train.activation_offloading and ranks.device.type == "cpu":
+        raise FastftError(
+            "train.activation_offloading=true needs a GPU: on the CPU activations are in host memory already; "
+            "use train.activation_offloading=false"
+        )
     if ranks.is_first:
         path = loading.resolve(m.name_or_path, config.cache_path)
     ranks.barrier()

@@ -103,7 +103,8 @@ def run(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     num_labels = source.num_labels if config.method == "ft" else None
     trained = inject(config, base, num_labels)
-    checkpoint_activations(base.lm, config.train.activation_checkpointing)
+    t = config.train
+    checkpoint_activations(base.lm, t.activation_checkpointing, offloads=t.activation_offloading)
     number, total_number = sum(p.numel() for p in trained.values()), parameter_count(base.lm)
     out.line(
         f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "

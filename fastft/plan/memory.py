@@ -152,6 +152,11 @@ class Memory:
         lengths, rows = self.workload.micro_batch(self.config, self.ranks)
         checkpointing = self.config.train.activation_checkpointing
         trace = self.tracer.peak(Pass(lengths, rows, trains=True, loss=self._loss(), checkpointing=checkpointing))
+        layers = offloaded_layers(self.config, self.counts)
+        if layers and not self.device.is_cpu:
+            hidden = sum(lengths) * self.counts.hidden * self.itemsize
+            host["activations"] = layers * hidden
+            trace = {**trace, ACTIVATIONS: trace[ACTIVATIONS] - max(0, layers - 2) * hidden}  # two are on the device
         if sum(trace.values()) >= step:
             device += Counter(
                 activations=trace.get(ACTIVATIONS, 0), live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0)
@@ -242,6 +247,14 @@ class Memory:
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many may be gathered at a time
 PREFETCH = 5 * 10**7  # stage3_prefetch_bucket_size: so many are fetched ahead
 BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
+
+
+def offloaded_layers(config: Config, counts: Counts) -> int:
+    """Decoder layers whose inputs wait in host memory between forward and backward."""
+    t = config.train
+    if not t.activation_offloading:
+        return 0
+    return counts.layers if t.activation_checkpointing == "full" else min(t.activation_checkpointing, counts.layers)
 
 
 def base_bytes(counts: Counts, config: Config) -> tuple[int, int]:

@@ -9,7 +9,7 @@ With W weights of linears, a = 4 H D operations a layer for each pair of a query
 
 A part takes at least the time of reading its weights once. A quantised weight is first written out in model.dtype and
 read again, for each pass. What crosses the link to the host or to other ranks is a part of its own: nothing here
-assumes that it overlaps.
+assumes that it overlaps, but for offloaded activations: of their copies there is what computing does not hide.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from fastft.config import Config
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import Device
-from fastft.plan.memory import base_bytes, optimizer_kind
+from fastft.plan.memory import base_bytes, offloaded_layers, optimizer_kind
 from fastft.plan.workload import Workload
 
 STEP_PARTS = {
@@ -31,6 +31,7 @@ STEP_PARTS = {
     "teacher": "teacher in the step",
     "optimizer": "optimizer",
     "link": "host link",
+    "offloading": "activations over the link",
     "communication": "other ranks",
 }
 
@@ -93,6 +94,8 @@ class Roofline:
             "link": self._link(passes * t.micro_batches),
             "communication": self._communication(passes * t.micro_batches),
         }
+        computed = found["student_forward"], found["recompute"] + found["backward"]
+        found["offloading"] = self._offloading(tokens, *computed)
         return {name: seconds for name, seconds in found.items() if seconds}
 
     def phases(self, step_s: float) -> dict[str, float]:
@@ -161,6 +164,13 @@ class Roofline:
         if d.offload_optimizer != "none":
             nbytes += 2 * self.counts.trained / self.ranks * self.itemsize
         return nbytes / self.device.link
+
+    def _offloading(self, tokens: float, forward: float, backward: float) -> float:
+        """What is left of the copies to the host in forward, and back in backward, where these do not hide them."""
+        if self.device.is_cpu:
+            return 0.0
+        nbytes = offloaded_layers(self.config, self.counts) * tokens * self.counts.hidden * self.itemsize
+        return sum(max(0.0, nbytes / self.device.link - computed) for computed in (forward, backward))
 
     def _crossing(self) -> float:
         """Layers that live on the host cross once for a phase without training, while others compute."""
