@@ -84,6 +84,11 @@ class ModelConfig(Section):
         description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
         "memory, a layer copied while another computes; or on the device as int8",
     )
+    mlp_tile: PositiveInt | None = Field(
+        None,
+        description="tokens that a decoder layer's MLP computes at a time, for long contexts (not OPT); in training "
+        "each tile is computed again in backward; null: all at once",
+    )
 
 
 class WindowConfig(Section):

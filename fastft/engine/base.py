@@ -20,6 +20,7 @@ from fastft.models.causal import PackedCausalLM
 from fastft.models.quantized import parameter_count
 from fastft.models.quantized_loading import QuantizedFiles
 from fastft.models.text import Text
+from fastft.models.tiled_mlp import tile_mlps
 
 
 @dataclass
@@ -90,6 +91,8 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     backend = loading.attention_backend(model, m.attention, ranks.device)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     lm = PackedCausalLM(model, placement=m.prefix)
+    if m.mlp_tile:
+        tile_mlps(lm, m.mlp_tile)
     if config.has_host_layers:
         lm.keep_layers_on_host(ranks.device)
     else:

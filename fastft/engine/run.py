@@ -103,8 +103,6 @@ def run(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     num_labels = source.num_labels if config.method == "ft" else None
     trained = inject(config, base, num_labels)
-    t = config.train
-    checkpoint_activations(base.lm, t.activation_checkpointing, offloads=t.activation_offloading)
     number, total_number = sum(p.numel() for p in trained.values()), parameter_count(base.lm)
     out.line(
         f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "
@@ -115,6 +113,8 @@ def run(config: Config) -> dict[str, Any]:
         begin_results(config, output_dir, resumed)
     ranks.barrier()
     base.lm.release_host_layers()  # from here on DeepSpeed brings them
+    t = config.train  # behind the release, which gives the layers their own forward back
+    checkpoint_activations(base.lm, t.activation_checkpointing, offloads=t.activation_offloading)
     trainer = Trainer(base.lm, trained, config, ranks)
     objective = source.objective(base, prepared, store)
 

@@ -18,6 +18,7 @@ from fastft.models import loading
 from fastft.models.attention import implementation
 from fastft.models.causal import PackedCausalLM
 from fastft.models.recompute import attention_modules
+from fastft.models.tiled_mlp import mlp_modules
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -118,13 +119,15 @@ class Counts:
     """What a model is made of, in parameters, and what of it a run trains.
 
     linear: weights that every token is multiplied by, the head apart: matrices of the decoder layers and of projections
-    around them; attention_linear: those of them in the layers' attention. small: those of tensors below ZeRO-3's
+    around them; attention_linear, mlp_linear: those of them in the layers'
+    attention, and in MLPs that are a module. small: those of tensors below ZeRO-3's
     persistence threshold, which every rank keeps whole. bias_copies: what BitFit keeps of the base.
     """
 
     parameters: int
     linear: int
     attention_linear: int
+    mlp_linear: int
     quantisable: int  # weights of the decoder layers' linear modules
     quantisable_rows: int
     in_layers: int  # of the decoder layers
@@ -169,6 +172,7 @@ def count(model_config: PretrainedConfig, config: Config, num_labels: int | None
         parameters=total,
         linear=sum(linear.values()),
         attention_linear=sum(linear.get(id(p), 0) for m in attention_modules(lm) for p in m.parameters()),
+        mlp_linear=sum(linear.get(id(p), 0) for m in mlp_modules(lm) for p in m.parameters()),
         quantisable=sum(m.weight.numel() for m in inside),
         quantisable_rows=sum(m.weight.shape[0] for m in inside),
         in_layers=sum(layer_sizes),

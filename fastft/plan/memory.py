@@ -151,7 +151,7 @@ class Memory:
         own, own_host, step = self._trained()
         lengths, rows = self.workload.micro_batch(self.config, self.ranks)
         checkpointing = self.config.train.activation_checkpointing
-        trace = self.tracer.peak(Pass(lengths, rows, trains=True, loss=self._loss(), checkpointing=checkpointing))
+        trace = self._peak(Pass(lengths, rows, trains=True, loss=self._loss(), checkpointing=checkpointing))
         layers = offloaded_layers(self.config, self.counts)
         if layers and not self.device.is_cpu:
             hidden = sum(lengths) * self.counts.hidden * self.itemsize
@@ -168,6 +168,9 @@ class Memory:
                 int(self.config.distill.context_cache_gib * 2**30), self._prefix_bytes(sum(self.workload.contexts))
             )
         return self._finish("train", device + own, host + own_host)
+
+    def _peak(self, job: Pass) -> dict[str, int]:
+        return self.tracer.peak(replace(job, mlp_tile=self.config.model.mlp_tile))
 
     def _loss(self) -> str:
         if self.config.method != "distill":
@@ -210,14 +213,14 @@ class Memory:
         return self.device.is_cpu and self.config.model.quantization != "none"
 
     def _encode(self, tokens: int) -> Counter[str]:
-        trace = self.tracer.peak(Pass((tokens,), 0, capture=True))
+        trace = self._peak(Pass((tokens,), 0, capture=True))
         prefix = 2 * self.counts.layers * self.counts.kv_width * self.itemsize * tokens
         return Counter(prefix=self._prefix_bytes(tokens), live_layer=sum(trace.values()) - prefix)
 
     def _ask(self, ask: Ask, *, in_context: bool, loss: str = "ce") -> Counter[str]:
         size = self.config.evaluate.batch_size
         ask = replace(ask, lengths=tuple(sorted(ask.lengths)[-size:]))  # where the planner tries a smaller batch
-        trace = self.tracer.peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
+        trace = self._peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
         found = Counter(live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0))
         if in_context:
             found["prefix"] = self._prefix_bytes(ask.context)

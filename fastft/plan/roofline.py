@@ -77,7 +77,7 @@ class Roofline:
         backward = self.linear_flops(tokens) + 2.5 * self.attention_flops(pairs) + 2 * adapter
         backward += 2.0 * c.trained_linear * tokens
         online = self.config.method == "distill" and self.config.distill.teacher == "online"
-        again, attention_again = self._recomputed()
+        again, attention_again = self._recomputed(tokens / t.micro_batches)
         passes = 2 + again
         products = 3 if self.config.method == "distill" and self.config.distill.targets == "hidden" else 2
         found = {
@@ -121,13 +121,17 @@ class Roofline:
             found["evaluate"] = max(asked, times[0] * crossing)
         return found
 
-    def _recomputed(self) -> tuple[float, float]:
-        """Of a forward's linears and of its products of scores and values, the shares that backward computes again."""
-        c, what = self.counts, self.config.train.activation_checkpointing
+    def _recomputed(self, tokens: float) -> tuple[float, float]:
+        """Of a forward's linears and of its products of scores and values, the shares that backward computes again.
+
+        tokens: of a micro-batch. A tiled MLP is computed once more than its layer is.
+        """
+        c, what, tile = self.counts, self.config.train.activation_checkpointing, self.config.model.mlp_tile
+        tiles = c.mlp_linear / c.linear if tile and tokens > tile else 0.0
         if what == "attention":
-            return c.attention_linear / c.linear, 1.0
+            return tiles + c.attention_linear / c.linear, 1.0
         layers = {"none": 0, "full": c.layers}[what] if isinstance(what, str) else min(what, c.layers)
-        return layers / c.layers, layers / c.layers
+        return tiles + layers / c.layers, layers / c.layers
 
     def _seconds(self, flops: float, nbytes: float) -> float:
         return max(flops / self.rate, nbytes / self.device.bandwidth)

@@ -25,6 +25,7 @@ from fastft.config import PeftConfig
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.recompute import checkpoint_activations
+from fastft.models.tiled_mlp import tile_mlps
 from fastft.ops import linear_cross_entropy, linear_log_softmax_kl
 from fastft.ops._common import chunk_size
 from fastft.plan import architecture
@@ -38,7 +39,7 @@ class Pass:
 
     lengths: tokens of the sequences in the pack. targets: rows that go through the head. capture: the pack is a context
     whose keys and values are kept. loss: "kl" against the teacher's hidden states, "ce", or "none". checkpointing:
-    train.activation_checkpointing.
+    train.activation_checkpointing. mlp_tile: model.mlp_tile.
     """
 
     lengths: tuple[int, ...]
@@ -47,6 +48,7 @@ class Pass:
     capture: bool = False
     loss: str = "none"
     checkpointing: str | int = "none"
+    mlp_tile: int | None = None
 
 
 class Tracker(TorchDispatchMode):
@@ -154,6 +156,8 @@ class Tracer:
             lm = PackedCausalLM(model)
             ids = torch.zeros(1, sum(job.lengths), dtype=torch.long)
             tracker = Tracker([*model.parameters(), *model.buffers(), ids])
+            if job.mlp_tile:
+                tile_mlps(lm, job.mlp_tile)
             checkpoint_activations(lm, job.checkpointing)
             for layer in lm.layers:
                 layer.forward = functools.partial(_layer_forward, layer.forward, tracker=tracker, job=job)

@@ -165,6 +165,29 @@ def test_activations_that_are_offloaded_are_on_the_host():
     assert step["offloading"] > 0
 
 
+def test_tiles_of_an_mlp_are_narrow_and_computed_again():
+    """Llama-3-8B, a context of 8,192 tokens, 4,096 in training: gate, up and product [T, I] exist for a tile alone."""
+    llama = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=16384,
+    )
+    work, card = workload([8192], [4096], []), hardware.GPUS["a100-80gb"]
+    prepared = Planner(config(train={"batch_size": 1}), llama, work, device=card, host_memory=2**36)
+    whole, tiled = (prepared.plan(apply(prepared.config, {"model.mlp_tile": tile})) for tile in (None, 1024))
+    teach = [next(p for p in plan.phases if p.name == "teach").device["live_layer"] for plan in (whole, tiled)]
+    assert teach[0] - teach[1] > (8192 - 1024) * 14336 * 2
+    kept = [next(p for p in plan.phases if p.name == "train").device["activations"] for plan in (whole, tiled)]
+    assert kept[0] - kept[1] > 32 * 4096 * 3 * 14336 * 2  # SiLU's input, its result and up, of each layer
+    counts = prepared.counts
+    assert counts.mlp_linear == 32 * 3 * 4096 * 14336
+    expected = whole.step["student_forward"] * prepared.counts.mlp_linear / counts.linear
+    assert tiled.step["recompute"] == pytest.approx(expected, rel=0.1) and "recompute" not in whole.step
+
+
 def test_a_quantised_base_is_dequantised_in_every_pass():
     prepared = small_planner()
     plans = [prepared.plan(apply(prepared.config, {"model.quantization": kind})) for kind in ("none", "int8", "nf4")]
