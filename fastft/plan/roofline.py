@@ -127,11 +127,11 @@ class Roofline:
         tokens: of a micro-batch. A tiled MLP is computed once more than its layer is.
         """
         c, what, tile = self.counts, self.config.train.activation_checkpointing, self.config.model.mlp_tile
-        tiles = c.mlp_linear / c.linear if tile and tokens > tile else 0.0
+        tiles = c.again_mlp if tile and tokens > tile else 0
         if what == "attention":
-            return tiles + c.attention_linear / c.linear, 1.0
-        layers = {"none": 0, "full": c.layers}[what] if isinstance(what, str) else min(what, c.layers)
-        return tiles + layers / c.layers, layers / c.layers
+            return (tiles + c.again_attention) / c.linear, 1.0
+        layers = {"none": 0.0, "full": 1.0}[what] if isinstance(what, str) else min(what, c.layers) / c.layers
+        return (tiles + layers * c.again_layers) / c.linear, layers
 
     def _seconds(self, flops: float, nbytes: float) -> float:
         return max(flops / self.rate, nbytes / self.device.bandwidth)

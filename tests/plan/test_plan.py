@@ -183,8 +183,8 @@ def test_tiles_of_an_mlp_are_narrow_and_computed_again():
     kept = [next(p for p in plan.phases if p.name == "train").device["activations"] for plan in (whole, tiled)]
     assert kept[0] - kept[1] > 32 * 4096 * 3 * 14336 * 2  # SiLU's input, its result and up, of each layer
     counts = prepared.counts
-    assert counts.mlp_linear == 32 * 3 * 4096 * 14336
-    expected = whole.step["student_forward"] * prepared.counts.mlp_linear / counts.linear
+    assert counts.again_mlp == 32 * 3 * 4096 * 14336
+    expected = whole.step["student_forward"] * counts.again_mlp / counts.linear
     assert tiled.step["recompute"] == pytest.approx(expected, rel=0.1) and "recompute" not in whole.step
 
 
