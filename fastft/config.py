@@ -84,6 +84,11 @@ class ModelConfig(Section):
         description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
         "memory, a layer copied while another computes; or on the device as int8",
     )
+    mlp_tile: PositiveInt | None = Field(
+        None,
+        description="tokens that a decoder layer's MLP computes at a time, for long contexts (not OPT); in training "
+        "each tile is computed again in backward; null: all at once",
+    )
 
 
 class WindowConfig(Section):
@@ -443,10 +448,15 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(100, description="optimizer steps")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer step, over all processes")
     micro_batches: PositiveInt = Field(1, description="parts into which each process splits its share of the batch")
-    activation_checkpointing: Literal["none", "full"] | PositiveInt = Field(
+    activation_checkpointing: Literal["none", "attention", "full"] | PositiveInt = Field(
         "none",
-        description="decoder layers that keep only their input and are computed again in backward, to save memory: "
-        "none, full (all), or how many",
+        description="what keeps only its input and is computed again in backward, to save memory: none, attention (of "
+        "every layer), so many of the first decoder layers, or full (all layers)",
+    )
+    activation_offloading: bool = Field(
+        False,
+        description="GPU: what checkpointed layers keep waits in host memory, copied while others compute; with "
+        "activation_checkpointing=full or a number of layers",
     )
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
@@ -469,6 +479,15 @@ class TrainConfig(Section):
         "`fastft export --checkpoint best`; needs eval_every",
     )
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations of the student; 0: only at the end")
+
+    @model_validator(mode="after")
+    def _offloading(self):
+        if self.activation_offloading and self.activation_checkpointing in ("none", "attention"):
+            raise ValueError(
+                "activation_offloading=true moves the inputs of checkpointed layers: it needs "
+                f"activation_checkpointing=full or a number of layers, got {self.activation_checkpointing}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best(self):

@@ -151,9 +151,13 @@ class Memory:
         device, host = self._base(training=True)
         own, own_host, step = self._trained()
         lengths, rows = self.workload.micro_batch(self.config, self.ranks)
-        trace = self.tracer.peak(
-            Pass(lengths, rows, trains=True, loss=self._loss(), recomputed=recomputed_layers(self.config, self.counts))
-        )
+        checkpointing = self.config.train.activation_checkpointing
+        trace = self._peak(Pass(lengths, rows, trains=True, loss=self._loss(), checkpointing=checkpointing))
+        layers = offloaded_layers(self.config, self.counts)
+        if layers and not self.device.is_cpu:
+            hidden = sum(lengths) * self.counts.hidden * self.itemsize
+            host["activations"] = layers * hidden
+            trace = {**trace, ACTIVATIONS: trace[ACTIVATIONS] - max(0, layers - 2) * hidden}  # two are on the device
         if sum(trace.values()) >= step:
             device += Counter(
                 activations=trace.get(ACTIVATIONS, 0), live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0)
@@ -165,6 +169,9 @@ class Memory:
                 int(self.config.distill.context_cache_gib * 2**30), self._prefix_bytes(sum(self.workload.contexts))
             )
         return self._finish("train", device + own, host + own_host)
+
+    def _peak(self, job: Pass) -> dict[str, int]:
+        return self.tracer.peak(replace(job, mlp_tile=self.config.model.mlp_tile))
 
     def _loss(self) -> str:
         if self.config.method != "distill":
@@ -207,14 +214,14 @@ class Memory:
         return self.device.is_cpu and self.config.model.quantization != "none"
 
     def _encode(self, tokens: int) -> Counter[str]:
-        trace = self.tracer.peak(Pass((tokens,), 0, capture=True))
+        trace = self._peak(Pass((tokens,), 0, capture=True))
         prefix = 2 * self.counts.layers * self.counts.kv_width * self.itemsize * tokens
         return Counter(prefix=self._prefix_bytes(tokens), live_layer=sum(trace.values()) - prefix)
 
     def _ask(self, ask: Ask, *, in_context: bool, loss: str = "ce") -> Counter[str]:
         size = self.config.evaluate.batch_size
         ask = replace(ask, lengths=tuple(sorted(ask.lengths)[-size:]))  # where the planner tries a smaller batch
-        trace = self.tracer.peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
+        trace = self._peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
         found = Counter(live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0))
         if in_context:
             found["prefix"] = self._prefix_bytes(ask.context)
@@ -245,10 +252,12 @@ SHARED_MEMORY = 66 * 2**20  # DeepSpeed's buffers for all-reduce between process
 BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
 
 
-def recomputed_layers(config: Config, counts: Counts) -> int:
-    """Decoder layers that are computed again in backward."""
-    count = config.train.activation_checkpointing
-    return {"none": 0, "full": counts.layers}.get(count) if isinstance(count, str) else min(count, counts.layers)
+def offloaded_layers(config: Config, counts: Counts) -> int:
+    """Decoder layers whose inputs wait in host memory between forward and backward."""
+    t = config.train
+    if not t.activation_offloading:
+        return 0
+    return counts.layers if t.activation_checkpointing == "full" else min(t.activation_checkpointing, counts.layers)
 
 
 def base_bytes(counts: Counts, config: Config) -> tuple[int, int]:

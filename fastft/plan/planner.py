@@ -148,7 +148,11 @@ class Planner:
         if trains:
             axis("train.micro_batches", *_doubles(c.train.micro_batches, -(-c.train.batch_size // self.ranks)))
             layers = self.counts.layers
-            axis("train.activation_checkpointing", *([layers // 2] if layers > 1 else []), "full")
+            offloads, some = c.train.activation_offloading, [layers // 2] if layers > 1 else []
+            axis("train.activation_checkpointing", *([] if offloads else ["attention"]), *some, "full")
+            if not self.device.is_cpu and not offloads:
+                full = {} if c.train.activation_checkpointing == "full" else {"train.activation_checkpointing": "full"}
+                axes[-1].append({**full, "train.activation_offloading": True})
             if optimizer_kind(c) == "adamw":
                 axis("train.optimizer", "adamw_8bit")
         if c.peft.kind != "full":

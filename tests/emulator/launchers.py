@@ -106,6 +106,8 @@ STRUCTURES = {
     "topk_kl": structure("""logits ids log_probs weights scratch kl: ptr rows vocab k logits_stride: i64
         temperature beta: f64 tail write_grad: bool direction dtype: i32"""),
     "index_check": structure("index: ptr count columns vocab ignore source: i64 record: ptr"),
+    "relu": structure("x y mask: ptr count: i64 dtype: i32"),
+    "relu_backward": structure("dy mask dx: ptr count: i64 dtype: i32"),
     "row_reduce": structure("values weights out row_scale: ptr rows: i64 mean is_double: bool"),
     "dequantise_4bit": structure("""packed code absmax absmax8 absmax_code absmax_scale out: ptr
         first count block absmax_block: i64 absmax_offset: f32 dtype: i32"""),
