@@ -138,6 +138,8 @@ def run(config: Config) -> dict[str, Any]:
             model=base.lm.model,
             num_labels=num_labels,
         )
+    has_adapter = bool(tensors)
+    del tensors
     stop.state = f"stopped after training; the adapter is in {output_dir / 'adapter'}, its evaluation is missing"
     stop.deferred = False
 
@@ -153,7 +155,7 @@ def run(config: Config) -> dict[str, Any]:
         summary["plan"] = compare_with_plan(config, base, prepared, summary, ranks, num_labels, out)
         source.report(output_dir, summary, after, out)
         write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
-        if tensors:
+        if has_adapter:
             out.line(f"adapter    {output_dir / 'adapter'}")
         out.line(f"report     {output_dir / 'report.html'}")
         out.line(f"summary    {output_dir / 'summary.json'}  ({clock.seconds['total']:.0f} s in all)")

@@ -19,7 +19,7 @@ from fastft.engine import deepspeed_config
 from fastft.models.causal import PackedCausalLM
 from fastft.optim import LR_SCALE, build_optimizer, learning_rate
 
-GATHER_BYTES = 2**28  # of whole parameters that ZeRO-3 brings to every rank at a time
+GATHER_BYTES = 2**26  # of whole parameters that ZeRO-3 brings to every rank at a time
 
 LossFn = Callable[[list[int]], torch.Tensor]  # example indices -> loss summed over their target positions
 

@@ -158,12 +158,25 @@ class Memory:
             hidden = sum(lengths) * self.counts.hidden * self.itemsize
             host["activations"] = layers * hidden
             trace = {**trace, ACTIVATIONS: trace[ACTIVATIONS] - max(0, layers - 2) * hidden}  # two are on the device
-        if sum(trace.values()) >= step:
+        # What was trained is copied to the first rank's host memory at the end, under ZeRO-3 out of gathered groups.
+        copied = self.counts.trained * self.itemsize
+        gathered = min(copied, GATHERED) if self.config.deepspeed.zero_stage == 3 else 0
+        moments = {
+            "pass": sum(trace.values()),
+            "step": step,
+            "copy": gathered + (copied if self.device.is_cpu else 0),
+        }
+        highest = max(moments, key=lambda name: moments[name])
+        if highest == "pass":
             device += Counter(
                 activations=trace.get(ACTIVATIONS, 0), live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0)
             )
-        else:  # gradients in float32 for the optimizer's step, when the activations are gone
+        elif highest == "step":  # gradients in float32, when the activations are gone
             device["gradients"] += step
+        else:
+            device["adapters"] += moments["copy"]
+        if not self.device.is_cpu:
+            host["adapters"] += copied
         if self.config.method == "distill" and self.config.distill.teacher == "online":
             device["prefix"] += min(
                 int(self.config.distill.context_cache_gib * 2**30), self._prefix_bytes(sum(self.workload.contexts))
@@ -248,6 +261,7 @@ class Memory:
         return positions * (self.counts.hidden * self.itemsize if d.targets == "hidden" else d.top_k * 8)
 
 
+GATHERED = 2**26  # trained parameters that are copied at a time, engine.trainer.GATHER_BYTES
 SHARED_MEMORY = 66 * 2**20  # DeepSpeed's buffers for all-reduce between processes on one CPU
 BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
 
