@@ -1,11 +1,12 @@
 # make quickstart   distil a document into SmolLM2-135M and show what it learned
-# make test         run the tests
+# make test         run the tests, JOBS of them at a time (a core each)
 # make lint         ruff, clang-format
 # make bench        benchmarks, and what moved since the kept result; QUICK=1: under five minutes; KEEP=1: keep this result
 # Each makes its own virtual environment in $(VENV) when there is none.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= auto
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ quickstart: $(VENV)/.built $(VENV)/.demo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level error fastft/train.py --cfg configs/quickstart.yaml
 
 test: $(VENV)/.built $(VENV)/.test
-	@$(BIN)/python -m pytest
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -53,6 +53,8 @@ for dtype in (torch.float32, torch.bfloat16):
             p.grad = torch.ones_like(p)
         optimizer.step()
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for n in (1, 9, 2049, 40000):
+        ops.relu(torch.randn(n + 1, device="cuda").to(dtype)[1:].requires_grad_()).sum().backward()
     for M, K, N, r in ((1, 1, 1, 1), (65, 130, 129, 16), (300, 1100, 72, 20), (64, 128, 256, 64)):
         x, w, A, B = (torch.randn(s, device="cuda").to(dtype) for s in ((M, K + 3), (N, K), (r, K), (N, r)))
         leaves = [x[:, 1 : K + 1].requires_grad_(), A.requires_grad_(), B.requires_grad_()]
@@ -126,6 +128,7 @@ class Suite:
 # others none of torch.compile, whose compilation takes longer than everything else.
 BENCHES = {
     "bench_bias_adamw": {"bench_bias_adamw": []},
+    "bench_relu": {"bench_relu": ["--tokens", "2048"]},
     "bench_kl": {
         "bench_kl": ["--model", "opt-30b", "--rows", "2048"],
         "bench_kl_llama": ["--model", "llama-3-8b", "--rows", "2048", "--no-compile"],

@@ -63,6 +63,8 @@ CASES = [
     Case("opt-125m", "lora", tokens(256, 16) | {"train.activation_checkpointing": "full"}),
     Case("opt-125m", "lora", tokens(128, 8) | {"model.dtype": "float32"}),
     Case("opt-125m", "bitfit", tokens(128, 8)),
+    Case("opt-125m", "bitfit", tokens(256, 16)),
+    Case("opt-125m", "bitfit", tokens(256, 16) | {"train.activation_checkpointing": "attention"}),
     Case("opt-125m", "full", tokens(64, 4)),
     Case("opt-125m", "full", tokens(64, 4) | {"deepspeed.zero_stage": 2}),
     Case("opt-125m", "lora", tokens(64, 4) | {"evaluate.answers": True, "evaluate.batch_size": 64}),

@@ -74,10 +74,20 @@ class ModelConfig(Section):
         description="attention over packed sequences: on a GPU flash-attn 3, 4 or 2, or torch's own varlen_attn, all "
         "without padding; sdpa: padded, through torch's kernels; auto: the first that can be used, on a CPU fastft's",
     )
+    layers: Literal["device", "host"] = Field(
+        "device",
+        description="where the decoder layers' weights live before training, and for icl; host: each visits the device "
+        "once a phase and runs over everything there is to compute. deepspeed.offload_param implies host",
+    )
     prefix: Literal["device", "host", "int8"] = Field(
         "device",
         description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
         "memory, a layer copied while another computes; or on the device as int8",
+    )
+    mlp_tile: PositiveInt | None = Field(
+        None,
+        description="tokens that a decoder layer's MLP computes at a time, for long contexts (not OPT); in training "
+        "each tile is computed again in backward; null: all at once",
     )
 
 
@@ -438,10 +448,15 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(100, description="optimizer steps")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer step, over all processes")
     micro_batches: PositiveInt = Field(1, description="parts into which each process splits its share of the batch")
-    activation_checkpointing: Literal["none", "full"] | PositiveInt = Field(
+    activation_checkpointing: Literal["none", "attention", "full"] | PositiveInt = Field(
         "none",
-        description="decoder layers that keep only their input and are computed again in backward, to save memory: "
-        "none, full (all), or how many",
+        description="what keeps only its input and is computed again in backward, to save memory: none, attention (of "
+        "every layer), so many of the first decoder layers, or full (all layers)",
+    )
+    activation_offloading: bool = Field(
+        False,
+        description="GPU: what checkpointed layers keep waits in host memory, copied while others compute; with "
+        "activation_checkpointing=full or a number of layers",
     )
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
@@ -466,6 +481,15 @@ class TrainConfig(Section):
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations of the student; 0: only at the end")
 
     @model_validator(mode="after")
+    def _offloading(self):
+        if self.activation_offloading and self.activation_checkpointing in ("none", "attention"):
+            raise ValueError(
+                "activation_offloading=true moves the inputs of checkpointed layers: it needs "
+                f"activation_checkpointing=full or a number of layers, got {self.activation_checkpointing}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best(self):
         if self.keep_best and not self.eval_every:
             raise ValueError("keep_best=true needs eval_every > 0: without evaluations there is no best one")
@@ -477,8 +501,7 @@ class DeepSpeedConfig(Section):
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where optimizer states live")
     offload_param: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="cpu, nvme: stage 3 keeps parameters in host memory or on disk; before training, and for icl, each "
-        "decoder layer visits the device once a phase and runs over everything there is to compute",
+        description="cpu, nvme: stage 3 keeps parameters in host memory or on disk, in training too",
     )
     nvme_path: str | None = Field(None, description="offloading to nvme: a folder on a fast local disk")
     config_file: str | None = Field(None, description="a DeepSpeed JSON file merged over the derived one")
@@ -598,6 +621,11 @@ class Config(Section):
                 "deepspeed.offload_param=nvme: DeepSpeed swaps parameters in 16 bits alone; use model.dtype=bfloat16, "
                 "or offload to cpu"
             )
+        if self.deepspeed.offload_param == "nvme" and self.model.quantization != "none":
+            raise ValueError(
+                f"deepspeed.offload_param=nvme with model.quantization={self.model.quantization}: DeepSpeed swaps "
+                "parameters in 16 bits alone; offload to cpu, where the quantised weights are mapped from their files"
+            )
         if self.deepspeed.offload_optimizer == "nvme" and self.train.save_every:
             raise ValueError(
                 "deepspeed.offload_optimizer=nvme keeps state that checkpoints do not reach; use cpu, or "
@@ -644,6 +672,11 @@ class Config(Section):
                 "use lora, bitfit or full"
             )
         return self
+
+    @property
+    def has_host_layers(self) -> bool:
+        """Whether the decoder layers visit the device one at a time, wherever nothing is trained."""
+        return self.model.layers == "host" or self.deepspeed.offload_param != "none"
 
     @property
     def data_seed(self) -> int:

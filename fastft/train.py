@@ -12,4 +12,9 @@ if sys.path and os.path.abspath(sys.path[0]) == _here:
 from fastft.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    code = main(["train", *sys.argv[1:]])
+    if code == 0:  # else other ranks may be at work
+        from fastft.distributed import leave
+
+        leave()
+    sys.exit(code)

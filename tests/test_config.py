@@ -94,6 +94,10 @@ def test_shipped_configs_are_valid(path):
             "16 bits alone",
         ),
         (
+            {"deepspeed": {"offload_param": "nvme", "nvme_path": "/tmp"}, "model": {"quantization": "nf4"}},
+            "mapped from their files",
+        ),
+        (
             {"deepspeed": {"offload_optimizer": "nvme", "nvme_path": "/tmp"}, "train": {"save_every": 5}},
             "state that checkpoints do not reach",
         ),

@@ -13,6 +13,7 @@
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
 #include "fastft/quantise.h"
+#include "fastft/relu.h"
 #include "fastft/topk_kl.h"
 
 namespace fastft {
@@ -41,6 +42,8 @@ namespace fastft {
     void dequantise_4bit_range(const Dequantise4bitArgs&, int64_t, int64_t);              \
     void dequantise_8bit_rows(const Dequantise8bitArgs&, int64_t, int64_t);               \
     void quantise_4bit_blocks(const Quantise4bitArgs&, int64_t, int64_t);                 \
+    void relu_range(const ReluArgs&, int64_t, int64_t);                                   \
+    void relu_backward_range(const ReluBackwardArgs&, int64_t, int64_t);                  \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -192,6 +195,10 @@ void dequantise_8bit_cpu(const Dequantise8bitArgs& args, int64_t begin, int64_t 
 }
 void quantise_4bit_cpu(const Quantise4bitArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(quantise_4bit_blocks, args, begin, end);
+}
+void relu_cpu(const ReluArgs& args, int64_t begin, int64_t end) { FASTFT_CALL(relu_range, args, begin, end); }
+void relu_backward_cpu(const ReluBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(relu_backward_range, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

@@ -258,6 +258,8 @@ KernelEntry lora_down_entry();
 KernelEntry lora_outer_entry();
 KernelEntry lora_combine_entry();
 KernelEntry lora_up_entry();
+KernelEntry relu_entry();
+KernelEntry relu_backward_entry();
 KernelEntry row_reduce_entry();
 KernelEntry dequantise_4bit_entry();
 KernelEntry dequantise_8bit_entry();

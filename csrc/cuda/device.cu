@@ -68,6 +68,8 @@ int launch_configurations(LaunchConfiguration* out, int capacity) {
                                    topk_kl_entry(limits),
                                    cross_entropy_entry(limits),
                                    index_check_entry(),
+                                   relu_entry(),
+                                   relu_backward_entry(),
                                    row_reduce_entry(),
                                    adamw_norm_entry(),
                                    adamw_update_entry(),

@@ -50,6 +50,9 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     m.def("dequantise_8bit(Tensor values, Tensor scale, Tensor(a!) out) -> ()");
     // A weight as it is read: see fastft/quantise.h.
     m.def("quantise_4bit(Tensor x, Tensor bounds, int block, Tensor(a!) packed, Tensor(b!) absmax) -> ()");
+    // One bit an element is all that backward needs: see fastft/relu.h.
+    m.def("relu(Tensor x) -> (Tensor y, Tensor mask)");
+    m.def("relu_backward(Tensor grad, Tensor mask) -> Tensor");
     m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
 
     m.def(
@@ -90,6 +93,8 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("lora_outer", TORCH_BOX(&fastft::lora_outer));                           \
         m.impl("dequantise_4bit", TORCH_BOX(&fastft::dequantise_4bit));                 \
         m.impl("dequantise_8bit", TORCH_BOX(&fastft::dequantise_8bit));                 \
+        m.impl("relu", TORCH_BOX(&fastft::relu));                                       \
+        m.impl("relu_backward", TORCH_BOX(&fastft::relu_backward));                     \
         m.impl("row_reduce", TORCH_BOX(&fastft::row_reduce));                           \
         m.impl("bias_adamw", TORCH_BOX(&fastft::bias_adamw));                           \
     }
@@ -113,9 +118,10 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
-    for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-                           "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer",
-                           "dequantise_4bit", "dequantise_8bit", "row_reduce", "bias_adamw"}) {
+    for (const char* op :
+         {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
+          "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer", "dequantise_4bit",
+          "dequantise_8bit", "relu", "relu_backward", "row_reduce", "bias_adamw"}) {
         m.impl(op, &no_cuda);
     }
 }

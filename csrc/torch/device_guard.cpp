@@ -7,6 +7,7 @@
 #include "fastft/index_check.h"
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
+#include "fastft/relu.h"
 #include "fastft/row_reduce.h"
 #include "fastft/topk_kl.h"
 #include "util.h"
@@ -45,6 +46,8 @@ void lora_down_cuda(const LoraDownArgs&, cudaStream_t) { no_cuda(); }
 void lora_up_cuda(const LoraUpArgs&, cudaStream_t) { no_cuda(); }
 void lora_outer_cuda(const LoraOuterArgs&, cudaStream_t) { no_cuda(); }
 void bias_adamw_cuda(const AdamWArgs&, cudaStream_t) { no_cuda(); }
+void relu_cuda(const ReluArgs&, cudaStream_t) { no_cuda(); }
+void relu_backward_cuda(const ReluBackwardArgs&, cudaStream_t) { no_cuda(); }
 void row_reduce_cuda(const RowReduceArgs&, cudaStream_t) { no_cuda(); }
 #endif
 

@@ -41,6 +41,8 @@ void dequantise_4bit(const Tensor& packed, const Tensor& code, const Tensor& abs
                      double absmax_offset, int64_t block, int64_t absmax_block, int64_t first, Tensor out);
 void quantise_4bit(const Tensor& x, const Tensor& bounds, int64_t block, Tensor packed, Tensor absmax);
 void dequantise_8bit(const Tensor& values, const Tensor& scale, Tensor out);
+std::tuple<Tensor, Tensor> relu(const Tensor& x);
+Tensor relu_backward(const Tensor& grad, const Tensor& mask);
 std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
 void bias_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,
                 std::optional<Tensor> scales, std::optional<Tensor> master, Tensor steps, Tensor status,

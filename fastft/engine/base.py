@@ -20,6 +20,7 @@ from fastft.models.causal import PackedCausalLM
 from fastft.models.quantized import parameter_count
 from fastft.models.quantized_loading import QuantizedFiles
 from fastft.models.text import Text
+from fastft.models.tiled_mlp import tile_mlps
 
 
 @dataclass
@@ -58,6 +59,11 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     m = config.model
     if m.dtype == "float16" and ranks.device.type == "cpu":
         raise FastftError("model.dtype=float16 needs a GPU; on the CPU use bfloat16 or float32")
+    if config.train.activation_offloading and ranks.device.type == "cpu":
+        raise FastftError(
+            "train.activation_offloading=true needs a GPU: on the CPU activations are in host memory already; "
+            "use train.activation_offloading=false"
+        )
     if ranks.is_first:
         path = loading.resolve(m.name_or_path, config.cache_path)
     ranks.barrier()
@@ -84,11 +90,13 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     # A back end that was asked for and cannot be used is refused here, not at the first layer.
     backend = loading.attention_backend(model, m.attention, ranks.device)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    if config.deepspeed.offload_param == "none":
-        lm = PackedCausalLM(model.to(ranks.device), placement=m.prefix)
-    else:
-        lm = PackedCausalLM(model, placement=m.prefix)
+    lm = PackedCausalLM(model, placement=m.prefix)
+    if m.mlp_tile:
+        tile_mlps(lm, m.mlp_tile)
+    if config.has_host_layers:
         lm.keep_layers_on_host(ranks.device)
+    else:
+        model.to(ranks.device)
     return Base(
         lm,
         Text(tokenizer),

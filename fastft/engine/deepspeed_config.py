@@ -10,6 +10,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from fastft.config import Config
 from fastft.errors import ConfigError
+from fastft.models.causal import PackedCausalLM
 
 # What fastft computes itself: a second value in a user's file could only contradict the config.
 OWNED = {
@@ -27,8 +28,12 @@ OWNED = {
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's own, in elements
 
 
-def derive(config: Config, world_size: int, trained: int = 0) -> dict[str, Any]:
-    """DeepSpeed's configuration for `world_size` processes and so many trained parameters.
+def derive(config: Config, world_size: int, lm: PackedCausalLM) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model on `world_size` processes.
+
+    ZeRO-3 gathers the layer at work and the next. By its own settings it keeps what it meets again within a billion
+    parameters, so that a model of 1.3 billion took more memory on each of two processes than on one, and fetches 50
+    million ahead, a twelfth of a layer of OPT-30B.
 
     Its bucket for gradients is allocated whole: 1 GB in bfloat16, where LoRA fills a fifth and BitFit nothing. It is
     made as large as the gradients are.
@@ -42,6 +47,15 @@ def derive(config: Config, world_size: int, trained: int = 0) -> dict[str, Any]:
             zero[key] = {"device": device, "pin_memory": False}
         if device == "nvme":
             zero[key]["nvme_path"] = _nvme_folder(key, ds.nvme_path)
+    if ds.zero_stage == 3 and (world_size > 1 or ds.offload_param != "none"):
+        layer = max(sum(p.numel() for p in layer.parameters()) for layer in lm.layers)
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = 2 * layer
+        zero["stage3_prefetch_bucket_size"] = layer
+    if ds.offload_param == "nvme":
+        # DeepSpeed (0.19) swaps in twice a parameter that it meets twice ahead, and then stops at an assertion.
+        zero["stage3_prefetch_bucket_size"] = 0
+        zero["offload_param"].update(_swap_buffers(lm, world_size))
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     if trained:
         zero["reduce_bucket_size"] = min(trained, REDUCE_BUCKET)
     derived = {
@@ -60,6 +74,16 @@ def derive(config: Config, world_size: int, trained: int = 0) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
     }
     return merge(derived, _read(ds.config_file)) if ds.config_file else derived
+
+
+def _swap_buffers(lm: PackedCausalLM, world_size: int) -> dict[str, int]:
+    """Buffers in host memory for what is on the disk: for all of a layer, which is gathered whole, and what follows.
+
+    Each is as large as the largest partition.
+    """
+    largest = max(p.numel() for p in lm.parameters())
+    in_a_layer = max(sum(1 for _ in layer.parameters()) for layer in lm.layers)
+    return {"buffer_count": in_a_layer + 2, "buffer_size": -(-largest // world_size)}
 
 
 def _nvme_folder(key: str, path: str) -> str:

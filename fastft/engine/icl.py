@@ -102,5 +102,5 @@ def partition(lm: PackedCausalLM, config: Config, ranks: Ranks) -> tuple[PackedC
     if config.deepspeed.zero_stage < 3 or ranks.world_size == 1:
         return lm, "whole model on each process"
     gather_by_layer(lm)
-    engine, *_ = deepspeed.initialize(model=lm, config=deepspeed_config.derive(config, ranks.world_size))
+    engine, *_ = deepspeed.initialize(model=lm, config=deepspeed_config.derive(config, ranks.world_size, lm))
     return engine.module.eval(), "ZeRO-3"

@@ -90,8 +90,12 @@ def _unlink_shared_memory() -> None:
     Path("/dev/shm", f"deepspeed_allreduce_buffer_{name}").unlink(missing_ok=True)
 
 
-def _shared_memory_op_is_built() -> bool:
+def extensions_folder() -> Path:
+    """Where torch keeps what DeepSpeed compiles at run time."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return any(root.rglob("deepspeed_shm_comm.so"))
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _shared_memory_op_is_built() -> bool:
+    return any(extensions_folder().rglob("deepspeed_shm_comm.so"))

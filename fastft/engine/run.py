@@ -31,7 +31,7 @@ from fastft.engine.training import Training
 from fastft.engine.watch import watched
 from fastft.methods import ft
 from fastft.models.quantized import parameter_count
-from fastft.models.recompute import checkpoint_layers
+from fastft.models.recompute import checkpoint_activations
 
 # What a run learns from: how it is prepared, what a step minimises, and what is evaluated and reported.
 SOURCES = {
@@ -103,9 +103,6 @@ def run(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     num_labels = source.num_labels if config.method == "ft" else None
     trained = inject(config, base, num_labels)
-    recomputed = config.train.activation_checkpointing
-    if recomputed != "none":
-        checkpoint_layers(base.lm, None if recomputed == "full" else recomputed)
     number, total_number = sum(p.numel() for p in trained.values()), parameter_count(base.lm)
     out.line(
         f"train      {config.peft.kind}: {number:,} of {total_number:,} parameters "
@@ -116,6 +113,8 @@ def run(config: Config) -> dict[str, Any]:
         begin_results(config, output_dir, resumed)
     ranks.barrier()
     base.lm.release_host_layers()  # from here on DeepSpeed brings them
+    t = config.train  # behind the release, which gives the layers their own forward back
+    checkpoint_activations(base.lm, t.activation_checkpointing, offloads=t.activation_offloading)
     trainer = Trainer(base.lm, trained, config, ranks)
     objective = source.objective(base, prepared, store)
 
@@ -139,6 +138,8 @@ def run(config: Config) -> dict[str, Any]:
             model=base.lm.model,
             num_labels=num_labels,
         )
+    has_adapter = bool(tensors)
+    del tensors
     stop.state = f"stopped after training; the adapter is in {output_dir / 'adapter'}, its evaluation is missing"
     stop.deferred = False
 
@@ -154,7 +155,7 @@ def run(config: Config) -> dict[str, Any]:
         summary["plan"] = compare_with_plan(config, base, prepared, summary, ranks, num_labels, out)
         source.report(output_dir, summary, after, out)
         write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
-        if tensors:
+        if has_adapter:
             out.line(f"adapter    {output_dir / 'adapter'}")
         out.line(f"report     {output_dir / 'report.html'}")
         out.line(f"summary    {output_dir / 'summary.json'}  ({clock.seconds['total']:.0f} s in all)")

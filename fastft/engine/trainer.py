@@ -19,6 +19,8 @@ from fastft.engine import deepspeed_config
 from fastft.models.causal import PackedCausalLM
 from fastft.optim import LR_SCALE, build_optimizer, learning_rate
 
+GATHER_BYTES = 2**26  # of whole parameters that ZeRO-3 brings to every rank at a time
+
 LossFn = Callable[[list[int]], torch.Tensor]  # example indices -> loss summed over their target positions
 
 
@@ -35,14 +37,13 @@ class Trainer:
 
     def __init__(self, lm: PackedCausalLM, trained: dict[str, nn.Parameter], config: Config, ranks: Ranks):
         self.config, self.ranks, self.trained = config, ranks, trained
-        if config.deepspeed.zero_stage == 3:
-            gather_by_layer(lm)
+        derived = deepspeed_config.derive(config, ranks.world_size, lm)
+        optimizer = build_optimizer(trained, config.train, config.peft)
         with one_thread():
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=lm,
-                optimizer=build_optimizer(trained, config.train, config.peft),
-                config=deepspeed_config.derive(config, ranks.world_size, sum(p.numel() for p in trained.values())),
-            )
+            if config.deepspeed.zero_stage == 3:
+                gather_by_layer(lm)
+                partition_parameters(lm, derived, getattr(torch, config.model.dtype), ranks.device)
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=derived)
         self.lm: PackedCausalLM = self.engine.module
 
     def step(self, number: int, micro_batches: list[Batch], loss_fn: LossFn, stop: bool) -> StepResult:
@@ -77,11 +78,29 @@ class Trainer:
         return StepResult(mean, lr, float(own_norm if norm is None else norm), stop=asked > 0)
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """The trained parameters, whole, on the CPU, by name in the model (a collective under ZeRO-3)."""
-        parameters = list(self.trained.values())
+        """The trained parameters, whole, in the first rank's host memory, by name in the model; elsewhere {}.
+
+        A collective under ZeRO-3, which gathers no more than GATHER_BYTES at a time: all weights may be trained.
+        """
         partitioned = self.config.deepspeed.zero_stage == 3
-        with deepspeed.zero.GatheredParameters(parameters, enabled=partitioned):
-            return {name: p.detach().cpu().clone() for name, p in self.trained.items()}
+        whole: dict[str, torch.Tensor] = {}
+        for names in self._gathered_together():
+            with deepspeed.zero.GatheredParameters([self.trained[name] for name in names], enabled=partitioned):
+                if self.ranks.is_first:
+                    whole |= {name: self.trained[name].detach().cpu().clone() for name in names}
+        return whole
+
+    def _gathered_together(self) -> Iterator[list[str]]:
+        """The names of the trained parameters in groups of up to GATHER_BYTES, larger ones alone."""
+        names, waiting = [], 0
+        for name, p in self.trained.items():
+            nbytes = getattr(p, "ds_numel", p.numel()) * p.element_size()
+            if names and waiting + nbytes > GATHER_BYTES:
+                yield names
+                names, waiting = [], 0
+            names, waiting = [*names, name], waiting + nbytes
+        if names:
+            yield names
 
     def described(self) -> dict[str, dict[str, Any]]:
         """Name -> dtype and whole shape of each trained parameter."""
@@ -122,6 +141,19 @@ def gather_by_layer(lm: PackedCausalLM) -> None:
         if any(p.requires_grad for p in layer.parameters()):
             layer.register_forward_pre_hook(_require_input_grad)
             break
+
+
+def partition_parameters(lm: PackedCausalLM, derived: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Deal the parameters out to the ranks, one after the other, from wherever they are; buffers go to the device.
+
+    deepspeed.initialize would first move the whole model to the device, which a base that needs ZeRO-3 need not fit.
+    """
+    for parameter in lm.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=lm, config_dict_or_path=derived, dtype=dtype)
+    for buffer in lm.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _require_input_grad(module: nn.Module, args: tuple) -> tuple:

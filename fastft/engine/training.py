@@ -186,7 +186,7 @@ class Training:
                 if mine and not torch.isfinite(value):
                     culprits.append(mine[0])
         culprits = sorted(c for part in self.ranks.gather(culprits) for c in part)
-        finite = all(bool(torch.isfinite(p).all()) for p in self.trainer.trained_tensors().values())
+        finite = self.ranks.all(all(bool(torch.isfinite(p).all()) for p in self.trainer.trained_tensors().values()))
         where = "no single example alone"
         if culprits:
             s = self.prepared.sequences[culprits[0]]

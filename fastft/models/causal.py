@@ -110,7 +110,7 @@ class PackedCausalLM(nn.Module):
         if not self.layers:
             raise ModelError(
                 f"{type(self.model).__name__} does not name its decoder layers, so they cannot wait in host memory; "
-                "use deepspeed.offload_param=none"
+                "use model.layers=device and deepspeed.offload_param=none"
             )
         inside = {p for layer in self.layers for p in layer.parameters()}
         for tensor in (*self.model.parameters(), *self.model.buffers()):

@@ -12,6 +12,7 @@ from fastft.ops import linear_log_softmax_kl as _linear_log_softmax_kl
 from fastft.ops import linear_topk_kl as _linear_topk_kl
 from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops import lora_linear as _lora_linear
+from fastft.ops import relu as _relu
 from fastft.ops._extension import available, build_info, cpu_capability
 from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit, frozen_linear, quantise_4bit
 from fastft.ops.index_check import raise_deferred_errors
@@ -26,6 +27,7 @@ _extension.import_extension(
         _linear_cross_entropy,
         _lora_linear,
         _bias_adamw,
+        _relu,
         frozen_weight,
         index_check,
     ]
@@ -39,6 +41,7 @@ linear_topk_kl = _linear_topk_kl.linear_topk_kl
 log_softmax_kl = _log_softmax_kl.log_softmax_kl
 lora_linear = _lora_linear.lora_linear
 lora_linears = _lora_linear.lora_linears
+relu = _relu.relu
 
 __all__ = [
     "FrozenWeight",
@@ -58,4 +61,5 @@ __all__ = [
     "lora_linears",
     "quantise_4bit",
     "raise_deferred_errors",
+    "relu",
 ]

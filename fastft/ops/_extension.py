@@ -75,6 +75,7 @@ def build_info() -> dict:
         "linear_topk_kl",
         "log_softmax_kl",
         "lora_linear",
+        "relu",
     ]
     try:
         module = load()

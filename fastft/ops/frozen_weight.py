@@ -188,7 +188,7 @@ def add_input_grad(dx: Tensor | None, dy: Tensor, weight: Tensor | FrozenWeight)
 
 
 def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias with a weight that takes no gradient; keeps nothing of x for backward.
+    """x @ weight.T + bias with a weight that takes no gradient; keeps nothing for backward, but for the weight itself.
 
     x [..., K], weight [N, K], bias [N] or None -> [..., N]; one dtype (float64, float32, bfloat16, float16) and device.
     Backward: dx = dy @ weight, d_bias = sum(dy), each only where it is asked for.
@@ -199,11 +199,13 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None 
         raise ValueError(f"frozen_linear: x is {list(x.shape)}, expected [..., {K}] like weight {[N, K]}")
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"frozen_linear: bias is {list(bias.shape)}, expected [{N}]")
-    if not isinstance(weight, FrozenWeight):
+    grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if not isinstance(weight, FrozenWeight) and (not grad or weight.requires_grad):
         return torch.nn.functional.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight if isinstance(weight, FrozenWeight) else weight.to(dtype)
     return _FrozenLinear.apply(x, weight, bias)
 
 

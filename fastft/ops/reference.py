@@ -187,3 +187,7 @@ def attention(
         weights = (scores - lses[-1][..., None]).exp().nan_to_num(0) if scores.isneginf().any() else scores.softmax(-1)
         outs.append((weights.to(v.dtype) @ values).transpose(0, 1))
     return torch.cat(outs), torch.cat(lses, 1)
+
+
+def relu(x: Tensor) -> Tensor:
+    return x.clamp_min(0)

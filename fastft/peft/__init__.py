@@ -13,6 +13,8 @@ from fastft.config import PeftConfig
 from fastft.errors import ModelError
 from fastft.peft import bitfit, lora
 from fastft.peft.files import head_name, read_trained, save_adapter
+from fastft.peft.frozen_linear import freeze_linears
+from fastft.peft.masked_relu import mask_relus
 from fastft.peft.switch import adapter_off
 
 __all__ = ["adapter_off", "bitfit", "head_name", "inject", "load_trained", "lora", "save_adapter"]
@@ -21,8 +23,12 @@ __all__ = ["adapter_off", "bitfit", "head_name", "inject", "load_trained", "lora
 def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter]:
     """Make the configured parameters of a frozen model trainable and return them by their name in `model`.
 
+    Linear layers with a frozen weight and ReLUs are replaced by those that keep less for backward, see `frozen_linear`
+    and `masked_relu`.
     Raises ModelError where the model has nothing of the kind asked for.
     """
+    if config.kind != "full":
+        freeze_linears(model)
     if config.kind == "lora":
         trained = lora.inject(
             model,
@@ -40,7 +46,10 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> dict[str, nn.Parameter
         trained = dict(model.requires_grad_(True).named_parameters())
     else:  # the head, which method=ft puts there, with every kind
         trained = {}
-    return {**trained, **embeddings(model)} if config.train_embeddings else trained
+    if config.train_embeddings:
+        trained |= embeddings(model)
+    mask_relus(model)
+    return trained
 
 
 def embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -17,6 +17,8 @@ from fastft.methods import ft
 from fastft.models import loading
 from fastft.models.attention import implementation
 from fastft.models.causal import PackedCausalLM
+from fastft.models.recompute import attention_modules
+from fastft.models.tiled_mlp import mlp_modules
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -117,12 +119,16 @@ class Counts:
     """What a model is made of, in parameters, and what of it a run trains.
 
     linear: weights that every token is multiplied by, the head apart: matrices of the decoder layers and of projections
-    around them. small: those of tensors below ZeRO-3's
+    around them; again_layers, again_attention, again_mlp: those that backward multiplies by once more where it computes
+    a layer, its attention, or an MLP that is a module again. small: those of tensors below ZeRO-3's
     persistence threshold, which every rank keeps whole. bias_copies: what BitFit keeps of the base.
     """
 
     parameters: int
     linear: int
+    again_layers: int
+    again_attention: int
+    again_mlp: int
     quantisable: int  # weights of the decoder layers' linear modules
     quantisable_rows: int
     in_layers: int  # of the decoder layers
@@ -140,6 +146,17 @@ class Counts:
     trained_linear: int  # of `linear`, weights that get a gradient
     adapter: int  # weights of adapters that every token is multiplied by
     bias_copies: int
+
+
+def _again(blocks: list[nn.Module], linear: dict[int, int]) -> int:
+    """Weights of linears in `blocks` but for each block's last one where it is frozen: recomputing stops before it."""
+    total = 0
+    for block in blocks:
+        *others, last = (m for m in block.modules() if hasattr(m, "in_features"))
+        is_trained = any(p.requires_grad and p.dim() > 1 for p in last.parameters())
+        needed = [*others, last] if is_trained else others
+        total += sum(linear.get(id(p), 0) for m in needed for p in m.parameters(recurse=False))
+    return total
 
 
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
@@ -166,6 +183,9 @@ def count(model_config: PretrainedConfig, config: Config, num_labels: int | None
     return Counts(
         parameters=total,
         linear=sum(linear.values()),
+        again_layers=_again(lm.layers, linear),
+        again_attention=_again(attention_modules(lm), linear),
+        again_mlp=_again(mlp_modules(lm), linear),
         quantisable=sum(m.weight.numel() for m in inside),
         quantisable_rows=sum(m.weight.shape[0] for m in inside),
         in_layers=sum(layer_sizes),

@@ -97,8 +97,8 @@ class Memory:
     def _base(self, *, training: bool) -> tuple[Counter[str], Counter[str]]:
         """The base's weights on the device and on the host.
 
-        Before there is a trainer every rank holds them whole, or with offload_param the layers on the host, of which
-        two visit the device. Then ZeRO-3 deals them out and gathers what is at work.
+        Before there is a trainer every rank holds them whole, or the layers on the host, of which two visit the device.
+        Then ZeRO-3 deals them out and gathers what is at work.
         """
         c, d = self.counts, self.config.deepspeed
         device, host = Counter(), Counter()
@@ -113,7 +113,7 @@ class Memory:
                 (host if offloads else device)["base"] = (whole - kept) // self.ranks
             device["base"] += kept
             device["communication"] = self._gathered(whole)
-        elif offloads and not training and not self.device.is_cpu:
+        elif self.config.has_host_layers and not training and not self.device.is_cpu:
             host["base"] = layers
             device["base"] = whole - layers
             device["communication"] = 2 * layers // c.layers
@@ -124,9 +124,8 @@ class Memory:
     def _gathered(self, whole: int) -> int:
         """Bytes of what ZeRO-3 has gathered; what arrives lies in a buffer until each parameter is copied out of it."""
         c = self.counts
-        live = min(c.parameters - c.small, LIVE_PARAMETERS)
-        arriving = max(c.head, c.in_layers // c.layers) + min(c.parameters, PREFETCH)
-        return (live + arriving) * whole // c.parameters
+        layer = c.in_layers // c.layers
+        return (2 * layer + max(c.head, layer)) * whole // c.parameters
 
     def _trained(self) -> tuple[Counter[str], Counter[str], int]:
         """What the trained parameters cost between steps, and the bytes that an optimizer step takes besides."""
@@ -144,26 +143,48 @@ class Memory:
             held["gradients"] += share * b
         if d.zero_stage:
             device["communication"] += min(n, BUCKET) * b
+        if self.ranks > 1 and self.device.is_cpu:
+            device["communication"] += SHARED_MEMORY
         return device, host, 4 * share if has_master else 0
 
     def _train(self) -> Phase:
         device, host = self._base(training=True)
         own, own_host, step = self._trained()
         lengths, rows = self.workload.micro_batch(self.config, self.ranks)
-        trace = self.tracer.peak(
-            Pass(lengths, rows, trains=True, loss=self._loss(), recomputed=recomputed_layers(self.config, self.counts))
-        )
-        if sum(trace.values()) >= step:
+        checkpointing = self.config.train.activation_checkpointing
+        trace = self._peak(Pass(lengths, rows, trains=True, loss=self._loss(), checkpointing=checkpointing))
+        layers = offloaded_layers(self.config, self.counts)
+        if layers and not self.device.is_cpu:
+            hidden = sum(lengths) * self.counts.hidden * self.itemsize
+            host["activations"] = layers * hidden
+            trace = {**trace, ACTIVATIONS: trace[ACTIVATIONS] - max(0, layers - 2) * hidden}  # two are on the device
+        # What was trained is copied to the first rank's host memory at the end, under ZeRO-3 out of gathered groups.
+        copied = self.counts.trained * self.itemsize
+        gathered = min(copied, GATHERED) if self.config.deepspeed.zero_stage == 3 else 0
+        moments = {
+            "pass": sum(trace.values()),
+            "step": step,
+            "copy": gathered + (copied if self.device.is_cpu else 0),
+        }
+        highest = max(moments, key=lambda name: moments[name])
+        if highest == "pass":
             device += Counter(
                 activations=trace.get(ACTIVATIONS, 0), live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0)
             )
-        else:  # gradients in float32 for the optimizer's step, when the activations are gone
+        elif highest == "step":  # gradients in float32, when the activations are gone
             device["gradients"] += step
+        else:
+            device["adapters"] += moments["copy"]
+        if not self.device.is_cpu:
+            host["adapters"] += copied
         if self.config.method == "distill" and self.config.distill.teacher == "online":
             device["prefix"] += min(
                 int(self.config.distill.context_cache_gib * 2**30), self._prefix_bytes(sum(self.workload.contexts))
             )
         return self._finish("train", device + own, host + own_host)
+
+    def _peak(self, job: Pass) -> dict[str, int]:
+        return self.tracer.peak(replace(job, mlp_tile=self.config.model.mlp_tile))
 
     def _loss(self) -> str:
         if self.config.method != "distill":
@@ -193,7 +214,7 @@ class Memory:
         if self.config.model.prefix == "host" and not self.device.is_cpu:
             host["prefix"] += moment["prefix"]
             moment["prefix"] = 2 * moment["prefix"] // self.counts.layers  # the layer at work and the next
-        if not trained and self.config.deepspeed.offload_param != "none":
+        if not trained and self.config.has_host_layers:
             # Everything goes through one layer before the next: hidden states wait on the host, of the contexts' keys
             # and values there is one layer, unless answers are generated behind them.
             tokens = sum(self.workload.contexts) + sum(self.workload.sequences)
@@ -206,14 +227,14 @@ class Memory:
         return self.device.is_cpu and self.config.model.quantization != "none"
 
     def _encode(self, tokens: int) -> Counter[str]:
-        trace = self.tracer.peak(Pass((tokens,), 0, capture=True))
+        trace = self._peak(Pass((tokens,), 0, capture=True))
         prefix = 2 * self.counts.layers * self.counts.kv_width * self.itemsize * tokens
         return Counter(prefix=self._prefix_bytes(tokens), live_layer=sum(trace.values()) - prefix)
 
     def _ask(self, ask: Ask, *, in_context: bool, loss: str = "ce") -> Counter[str]:
         size = self.config.evaluate.batch_size
         ask = replace(ask, lengths=tuple(sorted(ask.lengths)[-size:]))  # where the planner tries a smaller batch
-        trace = self.tracer.peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
+        trace = self._peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
         found = Counter(live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0))
         if in_context:
             found["prefix"] = self._prefix_bytes(ask.context)
@@ -240,15 +261,17 @@ class Memory:
         return positions * (self.counts.hidden * self.itemsize if d.targets == "hidden" else d.top_k * 8)
 
 
-LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: so many may be gathered at a time
-PREFETCH = 5 * 10**7  # stage3_prefetch_bucket_size: so many are fetched ahead
+GATHERED = 2**26  # trained parameters that are copied at a time, engine.trainer.GATHER_BYTES
+SHARED_MEMORY = 66 * 2**20  # DeepSpeed's buffers for all-reduce between processes on one CPU
 BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
 
 
-def recomputed_layers(config: Config, counts: Counts) -> int:
-    """Decoder layers that are computed again in backward."""
-    count = config.train.activation_checkpointing
-    return {"none": 0, "full": counts.layers}.get(count) if isinstance(count, str) else min(count, counts.layers)
+def offloaded_layers(config: Config, counts: Counts) -> int:
+    """Decoder layers whose inputs wait in host memory between forward and backward."""
+    t = config.train
+    if not t.activation_offloading:
+        return 0
+    return counts.layers if t.activation_checkpointing == "full" else min(t.activation_checkpointing, counts.layers)
 
 
 def base_bytes(counts: Counts, config: Config) -> tuple[int, int]:

@@ -148,7 +148,11 @@ class Planner:
         if trains:
             axis("train.micro_batches", *_doubles(c.train.micro_batches, -(-c.train.batch_size // self.ranks)))
             layers = self.counts.layers
-            axis("train.activation_checkpointing", *([layers // 2] if layers > 1 else []), "full")
+            offloads, some = c.train.activation_offloading, [layers // 2] if layers > 1 else []
+            axis("train.activation_checkpointing", *([] if offloads else ["attention"]), *some, "full")
+            if not self.device.is_cpu and not offloads:
+                full = {} if c.train.activation_checkpointing == "full" else {"train.activation_checkpointing": "full"}
+                axes[-1].append({**full, "train.activation_offloading": True})
             if optimizer_kind(c) == "adamw":
                 axis("train.optimizer", "adamw_8bit")
         if c.peft.kind != "full":
@@ -158,6 +162,8 @@ class Planner:
         if not self.device.is_cpu and c.deepspeed.nvme_path is None:
             zero3 = {"deepspeed.zero_stage": 3}
             offload = [{}, {**zero3, "deepspeed.offload_param": "cpu"}]
+            if self.ranks > 1 and c.model.layers == "device":  # the base fits all devices, but not each
+                offload.append({**zero3, "model.layers": "host"})
             if trains:
                 stage = {"deepspeed.zero_stage": max(1, c.deepspeed.zero_stage)}
                 offload += [
@@ -196,8 +202,8 @@ class Planner:
 
     def _base_is_too_large(self, config: Config) -> bool:
         """Whether the base alone does not fit, which saves looking further."""
-        offloads = config.deepspeed.offload_param != "none" and not self.device.is_cpu
-        return not offloads and sum(base_bytes(self.counts, config)) > self.device.memory
+        is_whole = self.device.is_cpu or not config.has_host_layers
+        return is_whole and sum(base_bytes(self.counts, config)) > self.device.memory
 
 
 def _halves(size: int) -> list[int]:

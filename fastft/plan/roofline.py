@@ -5,11 +5,11 @@ With W weights of linears, a = 4 H D operations a layer for each pair of a query
     forward of T tokens      2 W T + a * pairs        (causal: T^2 / 2 pairs, behind a context of C: T C more)
     backward, frozen base    2 W T + 2.5 a * pairs    (the gradient of the input; of the weights another 2 W' T)
     head and loss            three products of V h with each target row: student, teacher, gradient
-    recompute                a forward, with train.activation_checkpointing=full
+    recompute                a forward of what train.activation_checkpointing names
 
 A part takes at least the time of reading its weights once. A quantised weight is first written out in model.dtype and
 read again, for each pass. What crosses the link to the host or to other ranks is a part of its own: nothing here
-assumes that it overlaps.
+assumes that it overlaps, but for offloaded activations: of their copies there is what computing does not hide.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from fastft.config import Config
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import Device
-from fastft.plan.memory import base_bytes, optimizer_kind, recomputed_layers
+from fastft.plan.memory import base_bytes, offloaded_layers, optimizer_kind
 from fastft.plan.workload import Workload
 
 STEP_PARTS = {
@@ -31,6 +31,7 @@ STEP_PARTS = {
     "teacher": "teacher in the step",
     "optimizer": "optimizer",
     "link": "host link",
+    "offloading": "activations over the link",
     "communication": "other ranks",
 }
 
@@ -76,12 +77,15 @@ class Roofline:
         backward = self.linear_flops(tokens) + 2.5 * self.attention_flops(pairs) + 2 * adapter
         backward += 2.0 * c.trained_linear * tokens
         online = self.config.method == "distill" and self.config.distill.teacher == "online"
-        again = recomputed_layers(self.config, c) / c.layers  # share of the layers
+        again, attention_again = self._recomputed(tokens / t.micro_batches)
         passes = 2 + again
         products = 3 if self.config.method == "distill" and self.config.distill.targets == "hidden" else 2
         found = {
             "student_forward": self._bound(forward, t.micro_batches),
-            "recompute": again * self._bound(forward, t.micro_batches),
+            "recompute": self._seconds(
+                again * (forward - self.attention_flops(pairs)) + attention_again * self.attention_flops(pairs),
+                again * t.micro_batches * c.linear * self.itemsize,
+            ),
             "backward": self._bound(backward, t.micro_batches),
             "head_and_loss": self._seconds(products * self.head_flops(rows), products * c.head * self.itemsize),
             "dequantise": self._dequantise(passes * t.micro_batches),
@@ -90,11 +94,14 @@ class Roofline:
             "link": self._link(passes * t.micro_batches),
             "communication": self._communication(passes * t.micro_batches),
         }
+        computed = found["student_forward"], found["recompute"] + found["backward"]
+        found["offloading"] = self._offloading(tokens, *computed)
         return {name: seconds for name, seconds in found.items() if seconds}
 
     def phases(self, step_s: float) -> dict[str, float]:
         """Seconds of a whole run: contexts and targets of the teacher, evaluations, all steps."""
         w, config = self.workload, self.config
+        crossing = self._crossing()
         found = {}
         context = max(w.contexts, default=0)
         if w.contexts and (config.method != "distill" or config.distill.teacher == "stored" or w.asked):
@@ -103,15 +110,28 @@ class Roofline:
         if config.method == "distill" and config.distill.teacher == "stored":
             forwards = -(-len(w.sequences) // config.evaluate.batch_size)
             flops = self.forward_flops(w.sequences, context)
-            found["teach"] = (self._bound(flops, forwards) + self._dequantise(forwards)) / self.ranks
+            found["teach"] = max((self._bound(flops, forwards) + self._dequantise(forwards)) / self.ranks, crossing)
         if config.method != "icl":
             found["train"] = step_s * config.train.steps
         if w.evaluated_tokens:
             linear = self.linear_flops(w.evaluated_tokens)
             pairs = self.attention_flops(w.evaluated_tokens * context)
             times = {"icl": (1, 1), "distill": (3, 1)}.get(config.method, (1, 0))  # evaluations, of them in context
-            found["evaluate"] = (times[0] * linear + times[1] * pairs) / self.rate / self.ranks
+            asked = (times[0] * linear + times[1] * pairs) / self.rate / self.ranks
+            found["evaluate"] = max(asked, times[0] * crossing)
         return found
+
+    def _recomputed(self, tokens: float) -> tuple[float, float]:
+        """Of a forward's linears and of its products of scores and values, the shares that backward computes again.
+
+        tokens: of a micro-batch. A tiled MLP is computed once more than its layer is.
+        """
+        c, what, tile = self.counts, self.config.train.activation_checkpointing, self.config.model.mlp_tile
+        tiles = c.again_mlp if tile and tokens > tile else 0
+        if what == "attention":
+            return (tiles + c.again_attention) / c.linear, 1.0
+        layers = {"none": 0.0, "full": 1.0}[what] if isinstance(what, str) else min(what, c.layers) / c.layers
+        return (tiles + layers * c.again_layers) / c.linear, layers
 
     def _seconds(self, flops: float, nbytes: float) -> float:
         return max(flops / self.rate, nbytes / self.device.bandwidth)
@@ -148,6 +168,19 @@ class Roofline:
         if d.offload_optimizer != "none":
             nbytes += 2 * self.counts.trained / self.ranks * self.itemsize
         return nbytes / self.device.link
+
+    def _offloading(self, tokens: float, forward: float, backward: float) -> float:
+        """What is left of the copies to the host in forward, and back in backward, where these do not hide them."""
+        if self.device.is_cpu:
+            return 0.0
+        nbytes = offloaded_layers(self.config, self.counts) * tokens * self.counts.hidden * self.itemsize
+        return sum(max(0.0, nbytes / self.device.link - computed) for computed in (forward, backward))
+
+    def _crossing(self) -> float:
+        """Layers that live on the host cross once for a phase without training, while others compute."""
+        if self.device.is_cpu or not self.config.has_host_layers:
+            return 0.0
+        return self.weights / self.device.link
 
     def _communication(self, passes: float) -> float:
         """ZeRO-3 receives what the other ranks hold of the weights for each pass; gradients are reduced once a step."""

@@ -24,7 +24,8 @@ from transformers import PretrainedConfig
 from fastft.config import PeftConfig
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
-from fastft.models.recompute import checkpoint_layers
+from fastft.models.recompute import checkpoint_activations
+from fastft.models.tiled_mlp import tile_mlps
 from fastft.ops import linear_cross_entropy, linear_log_softmax_kl
 from fastft.ops._common import chunk_size
 from fastft.plan import architecture
@@ -37,8 +38,8 @@ class Pass:
     """One forward over a pack, and its backward where something is trained.
 
     lengths: tokens of the sequences in the pack. targets: rows that go through the head. capture: the pack is a context
-    whose keys and values are kept. loss: "kl" against the teacher's hidden states, "ce", or "none". recomputed: how
-    many decoder layers keep their input alone (train.activation_checkpointing).
+    whose keys and values are kept. loss: "kl" against the teacher's hidden states, "ce", or "none". checkpointing:
+    train.activation_checkpointing. mlp_tile: model.mlp_tile.
     """
 
     lengths: tuple[int, ...]
@@ -46,7 +47,8 @@ class Pass:
     trains: bool = False
     capture: bool = False
     loss: str = "none"
-    recomputed: int = 0
+    checkpointing: str | int = "none"
+    mlp_tile: int | None = None
 
 
 class Tracker(TorchDispatchMode):
@@ -132,9 +134,9 @@ class Tracer:
         return self._known[key]
 
     def _trace(self, job: Pass) -> Counter[str]:
-        if 0 < job.recomputed < self.layers:  # some of the layers: what is kept lies in between, and both kinds live
-            none, every = (Counter(self.peak(replace(job, recomputed=n))) for n in (0, self.layers))
-            share = job.recomputed / self.layers
+        if isinstance(job.checkpointing, int):  # some of the layers: what is kept lies in between, and both kinds live
+            none, every = (Counter(self.peak(replace(job, checkpointing=what))) for what in ("none", "full"))
+            share = min(1.0, job.checkpointing / self.layers)
             kept = int((1 - share) * none[ACTIVATIONS] + share * every[ACTIVATIONS])
             return Counter({**(none | every), ACTIVATIONS: kept})
         if self.layers <= 3:
@@ -154,8 +156,9 @@ class Tracer:
             lm = PackedCausalLM(model)
             ids = torch.zeros(1, sum(job.lengths), dtype=torch.long)
             tracker = Tracker([*model.parameters(), *model.buffers(), ids])
-            if job.recomputed:
-                checkpoint_layers(lm)
+            if job.mlp_tile:
+                tile_mlps(lm, job.mlp_tile)
+            checkpoint_activations(lm, job.checkpointing)
             for layer in lm.layers:
                 layer.forward = functools.partial(_layer_forward, layer.forward, tracker=tracker, job=job)
             with tracker, torch.set_grad_enabled(job.trains):

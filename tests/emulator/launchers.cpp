@@ -9,6 +9,7 @@
 #include "fastft/index_check.h"
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
+#include "fastft/relu.h"
 #include "fastft/row_reduce.h"
 #include "fastft/topk_kl.h"
 
@@ -39,5 +40,7 @@ FASTFT_LAUNCHER(log_softmax_kl_backward, LogSoftmaxKlBackwardArgs)
 FASTFT_LAUNCHER(lora_down, LoraDownArgs)
 FASTFT_LAUNCHER(lora_outer, LoraOuterArgs)
 FASTFT_LAUNCHER(lora_up, LoraUpArgs)
+FASTFT_LAUNCHER(relu, ReluArgs)
+FASTFT_LAUNCHER(relu_backward, ReluBackwardArgs)
 FASTFT_LAUNCHER(row_reduce, RowReduceArgs)
 FASTFT_LAUNCHER(topk_kl, TopkKlArgs)

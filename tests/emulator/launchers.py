@@ -7,6 +7,7 @@ op: its launcher in launchers.cpp and its structure in STRUCTURES, a structure w
 from __future__ import annotations
 
 import ctypes as c
+import fcntl
 import hashlib
 import os
 import re
@@ -55,10 +56,19 @@ def build(compiler: str) -> Path:
             digest.update(path.read_bytes())
     folder = ROOT / "build" / "emulator" / digest.hexdigest()[:16]
     library = folder / "emulated.so"
-    if library.exists():
-        return library
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one builds
+        if not library.exists():
+            for old in folder.parent.glob("*/"):
+                shutil.rmtree(old, ignore_errors=True)
+            folder.mkdir()
+            _compile(compiler, library)
+    return library
+
+
+def _compile(compiler: str, library: Path) -> None:
+    folder = library.parent
 
     def compile_one(path: Path) -> str:
         out = str(folder / f"{path.name}.o")
@@ -75,7 +85,6 @@ def build(compiler: str) -> Path:
         objects = list(pool.map(compile_one, FILES))
     run([compiler, "-shared", "-Wl,-z,defs", *objects, "-o", f"{library}.part"])
     os.replace(f"{library}.part", library)
-    return library
 
 
 def structure(fields: str) -> type[c.Structure]:
@@ -97,6 +106,8 @@ STRUCTURES = {
     "topk_kl": structure("""logits ids log_probs weights scratch kl: ptr rows vocab k logits_stride: i64
         temperature beta: f64 tail write_grad: bool direction dtype: i32"""),
     "index_check": structure("index: ptr count columns vocab ignore source: i64 record: ptr"),
+    "relu": structure("x y mask: ptr count: i64 dtype: i32"),
+    "relu_backward": structure("dy mask dx: ptr count: i64 dtype: i32"),
     "row_reduce": structure("values weights out row_scale: ptr rows: i64 mean is_double: bool"),
     "dequantise_4bit": structure("""packed code absmax absmax8 absmax_code absmax_scale out: ptr
         first count block absmax_block: i64 absmax_offset: f32 dtype: i32"""),

@@ -11,13 +11,14 @@ import sys
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 
 from fastft.cli import main
+from fastft.peft.frozen_linear import FrozenLinear
 
 NAME = "_PartitionedParameterCoordinator__release_param"
-release, backward, linear = getattr(Coordinator, NAME), DeepSpeedEngine.backward, nn.Linear.forward
+release, backward, linear = getattr(Coordinator, NAME), DeepSpeedEngine.backward, FrozenLinear.forward
 released: list[tuple[StorageWeakRef, int]] = []
 run: dict = {}
 
@@ -43,10 +44,10 @@ paths = [a for a in sys.argv[1:] if a.endswith(".yaml")]
 for path in paths:
     run.update(released_bytes=0, pinned_bytes=[])
     if path.endswith("-pin.yaml"):
-        nn.Linear.forward = lambda self, x: nn.functional.linear(x, self.weight.detach(), self.bias)
+        FrozenLinear.forward = lambda self, x: F.linear(x, self.weight.detach(), self.bias)
     code = main(["train", "--cfg", path])
     if code:
         sys.exit(code)
-    nn.Linear.forward = linear
+    FrozenLinear.forward = linear
     if os.environ["RANK"] == "0":
         print("pinned " + json.dumps(run), flush=True)

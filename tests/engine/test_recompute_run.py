@@ -10,7 +10,7 @@ from fastft.config import PeftConfig
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
-from fastft.models.recompute import checkpoint_layers
+from fastft.models.recompute import checkpoint_activations
 from tests.conftest import losses
 from tests.engine.test_run import ok
 
@@ -36,20 +36,19 @@ class Kept:
 @pytest.mark.parametrize("kind", ["lora", "bitfit"])
 def test_same_gradients_from_fewer_kept_bytes(tiny, kind):
     found = []
-    for count in (0, 1, None):
+    for what in ("none", "attention", 1, "full"):
         lm = PackedCausalLM(load_model(str(tiny("opt")), dtype="float32"))
         torch.manual_seed(0)
         trained = peft.inject(lm.model, PeftConfig(kind=kind))
-        if count != 0:
-            checkpoint_layers(lm, count)
+        checkpoint_activations(lm, what)
         kept = Kept(lm)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
             hidden = lm(torch.arange(5, 300)[None], PackedSequences([200, 95]))
         hidden.sum().backward()
         found.append((kept.nbytes, {n: p.grad for n, p in trained.items()}))
-    (all_kept, expected), (one, first), (none, second) = found
-    assert none < one < all_kept and none < all_kept / 3
-    for gradients in (first, second):
+    (all_kept, expected), (attention, first), (one, second), (inputs, third) = found
+    assert inputs < one < all_kept and inputs < all_kept / 3 and inputs < attention < all_kept
+    for gradients in (first, second, third):
         for name, gradient in expected.items():
             assert torch.equal(gradients[name], gradient), name
 
@@ -59,6 +58,8 @@ def test_runs_agree(base_config, launch, tmp_path):
     for name, recomputed, teacher, stage, processes in (
         ("none", "none", "stored", 0, 1),
         ("full", "full", "stored", 0, 1),
+        ("attention", "attention", "stored", 0, 1),
+        ("attention_two", "attention", "stored", 3, 2),
         ("online", "full", "online", 0, 1),
         ("two", 1, "stored", 3, 2),
     ):
@@ -71,6 +72,7 @@ def test_runs_agree(base_config, launch, tmp_path):
         raw |= {"distill": {"teacher": teacher}, "output_dir": str(tmp_path / name)}
         ok(launch(raw, processes=processes))
         found[name] = torch.tensor(losses(tmp_path / name))
-    assert torch.equal(found["full"], found["none"])
-    for name in ("online", "two"):
+    for name in ("full", "attention"):
+        assert torch.equal(found[name], found["none"])
+    for name in ("online", "two", "attention_two"):
         torch.testing.assert_close(found[name], found["none"], rtol=1e-4, atol=0)

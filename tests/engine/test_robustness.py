@@ -12,22 +12,60 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fastft.engine.documents import Documents
-from tests.conftest import ROOT, clean_environment, losses
+from fastft.engine.launch import extensions_folder
+from fastft.models.causal import PackedCausalLM
+from tests.conftest import ROOT, clean_environment, launch_processes, losses
 from tests.engine.test_run import ok
 
 
 def test_offload_changes_nothing_but_where_tensors_live(base_config, launch, tmp_path):
     found = []
-    for name, settings in (
-        ("plain", {"zero_stage": 0}),
-        ("offload", {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}),
+    for name, settings, layers in (
+        ("plain", {"zero_stage": 0}, "device"),
+        ("offload", {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}, "device"),
+        ("host layers", {"zero_stage": 3}, "host"),
     ):
-        raw = {**base_config(deepspeed=settings), "output_dir": str(tmp_path / name)}
+        raw = {**base_config(model={"layers": layers}, deepspeed=settings), "output_dir": str(tmp_path / name)}
         ok(launch(raw))
         found.append(torch.tensor(losses(Path(raw["output_dir"]))))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"offload_param": "cpu"}], ids=["on the device", "offloaded"])
+def test_under_zero_3_the_model_is_never_moved_as_a_whole(base_config, launch, monkeypatch, settings):
+    moved, to = [], PackedCausalLM.to
+    monkeypatch.setattr(
+        PackedCausalLM, "to", lambda lm, *args, **kwargs: (moved.append(args), to(lm, *args, **kwargs))[1]
+    )
+    ok(launch(base_config(deepspeed={"zero_stage": 3, **settings}, evaluate={"answers": False})))
+    assert not moved
+
+
+def test_on_nvme_a_run_computes_what_it_computes_in_memory(base_config, tiny, tmp_path):
+    """Bfloat16, as DeepSpeed's swapping asks for; in a process of its own, whose swap threads end with it."""
+    if not list(extensions_folder().rglob("async_io.so")):
+        pytest.skip("DeepSpeed's async_io op has not been compiled on this machine (four minutes)")
+    found = []
+    swap = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": str(tmp_path / "swap")}
+    wide = tmp_path / "wide"  # tensors of less than 1 MiB never go to the disk
+    shutil.copytree(tiny("opt"), wide, ignore=shutil.ignore_patterns("*.safetensors"))
+    about = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(
+        json.dumps({**about, "hidden_size": 512, "ffn_dim": 2048, "word_embed_proj_dim": 512})
+    )
+    for name, settings in (("memory", {"zero_stage": 3}), ("disk", swap)):
+        model = {"name_or_path": str(wide), "random_weights": True, "dtype": "bfloat16"}
+        raw = base_config(model=model, deepspeed=settings, evaluate={"answers": False})
+        raw["output_dir"] = str(tmp_path / name)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+        ok(launch_processes(["--cfg", str(tmp_path / "config.yaml")], 1, tmp_path))
+        found.append(torch.tensor(losses(tmp_path / name)))
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=0)
+    assert list((tmp_path / "swap").rglob("*.swp"))
 
 
 def test_eight_bit_adamw_follows_adamw(base_config, launch, tmp_path):

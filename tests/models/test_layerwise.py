@@ -97,5 +97,5 @@ def test_a_pass_that_fails_leaves_the_layers_at_home(tiny):
 def test_a_model_that_does_not_name_its_layers_cannot_wait_on_the_host(tiny):
     lm = PackedCausalLM(load_model(str(tiny("opt")), dtype="float32"))
     lm.model._no_split_modules = None
-    with pytest.raises(ModelError, match=r"does not name its decoder layers, .* use deepspeed\.offload_param=none"):
+    with pytest.raises(ModelError, match=r"does not name its decoder layers, .* use model\.layers=device"):
         lm.keep_layers_on_host(torch.device("cpu"))

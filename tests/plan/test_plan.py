@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fastft.errors import FastftError
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
-from fastft.models.recompute import checkpoint_layers
+from fastft.models.recompute import checkpoint_activations
 from fastft.ops import linear_log_softmax_kl
 from fastft.plan import architecture, hardware
 from fastft.plan.memory import Phase
@@ -58,20 +59,19 @@ class Kept:
         return sum(s.nbytes() for s in self.storages)
 
 
-@pytest.mark.parametrize("recomputed", [0, 3])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 @pytest.mark.parametrize("name", ["opt", "llama"])
 @pytest.mark.parametrize("kind", ["lora", "bitfit", "full"])
-def test_a_trace_keeps_what_autograd_keeps(tiny, name, kind, recomputed):
+def test_a_trace_keeps_what_autograd_keeps(tiny, name, kind, checkpointing):
     """The activations of a trace without data, against the tensors that a real forward saves."""
     c = config(peft={"kind": kind, **({"add_biases": True} if kind == "bitfit" and name == "llama" else {})})
     model = load_model(str(tiny(name)), dtype="bfloat16")
     tracer = Tracer(model.config, c.peft, "bfloat16", None)
     lengths = (60, 40, 100)
-    traced = tracer.peak(Pass(lengths, 200, trains=True, loss="kl", recomputed=min(recomputed, tracer.layers)))
+    traced = tracer.peak(Pass(lengths, 200, trains=True, loss="kl", checkpointing=checkpointing))
     lm = PackedCausalLM(model)
     peft.inject(model, c.peft)
-    if recomputed:
-        checkpoint_layers(lm)
+    checkpoint_activations(lm, checkpointing)
     kept = Kept(model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
         ids = torch.zeros(1, sum(lengths), dtype=torch.long)
@@ -80,6 +80,13 @@ def test_a_trace_keeps_what_autograd_keeps(tiny, name, kind, recomputed):
     hidden = 200 * model.config.hidden_size * 2
     assert sum(traced.values()) >= 0.9 * kept.nbytes
     assert abs(traced[ACTIVATIONS] - kept.nbytes) <= 6 * hidden + 0.02 * kept.nbytes
+
+
+def test_bitfit_keeps_six_hidden_states_and_a_bit_for_each_relu():
+    """OPT-30B at 256 tokens: input, q, k, v, attention's output and residual of each layer, and 4 H bits; 1.1 GB."""
+    tracer = Tracer(architecture.PUBLISHED["facebook/opt-30b"], config(peft={"kind": "bitfit"}).peft, "bfloat16", None)
+    traced = tracer.peak(Pass((256,), 256, trains=True, loss="kl"))
+    assert traced[ACTIVATIONS] == pytest.approx(48 * 256 * (6 * 7168 * 2 + 28672 / 8), rel=0.01)
 
 
 def test_layers_are_counted_on_from_three():
@@ -133,6 +140,52 @@ def test_offloading_moves_bytes_to_the_host():
     assert after.device["base"] + after.host["base"] == before.device["base"]
     assert prepared.plan(apply(prepared.config, {**stay, **change})).step["link"] > 0
     assert "link" not in prepared.plan(apply(prepared.config, stay)).step
+
+
+def test_activations_that_are_offloaded_are_on_the_host():
+    """OPT-30B at 2,048 tokens: 46 of 48 layers' inputs leave the device, and computing hides their copies."""
+    prepared = Planner(
+        config(model={"name_or_path": "facebook/opt-30b"}, train={"activation_checkpointing": "full", "batch_size": 1}),
+        architecture.PUBLISHED["facebook/opt-30b"],
+        workload([512], [2048], []),
+        device=hardware.GPUS["rtx4090"],
+        host_memory=2**36,
+    )
+    before, after = (train_phase(prepared, {"train.activation_offloading": on}) for on in (False, True))
+    hidden = 2048 * 7168 * 2
+    assert before.device["activations"] - after.device["activations"] == 46 * hidden
+    assert after.host["activations"] == 48 * hidden and "activations" not in before.host
+    step = prepared.plan(apply(prepared.config, {"train.activation_offloading": True})).step
+    assert "offloading" not in step
+    slow = dataclasses.replace(prepared.device, link=1e9)
+    prepared.device = slow
+    step = prepared.plan(apply(prepared.config, {"train.activation_offloading": True})).step
+    computed = step["student_forward"], step["recompute"] + step["backward"]
+    assert step["offloading"] == pytest.approx(sum(max(0.0, 48 * hidden / 1e9 - s) for s in computed))
+    assert step["offloading"] > 0
+
+
+def test_tiles_of_an_mlp_are_narrow_and_computed_again():
+    """Llama-3-8B, a context of 8,192 tokens, 4,096 in training: gate, up and product [T, I] exist for a tile alone."""
+    llama = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=16384,
+    )
+    work, card = workload([8192], [4096], []), hardware.GPUS["a100-80gb"]
+    prepared = Planner(config(train={"batch_size": 1}), llama, work, device=card, host_memory=2**36)
+    whole, tiled = (prepared.plan(apply(prepared.config, {"model.mlp_tile": tile})) for tile in (None, 1024))
+    teach = [next(p for p in plan.phases if p.name == "teach").device["live_layer"] for plan in (whole, tiled)]
+    assert teach[0] - teach[1] > (8192 - 1024) * 14336 * 2
+    kept = [next(p for p in plan.phases if p.name == "train").device["activations"] for plan in (whole, tiled)]
+    assert kept[0] - kept[1] > 32 * 4096 * 3 * 14336 * 2  # SiLU's input, its result and up, of each layer
+    counts = prepared.counts
+    assert counts.again_mlp == 32 * 3 * 4096 * 14336
+    expected = whole.step["student_forward"] * counts.again_mlp / counts.linear
+    assert tiled.step["recompute"] == pytest.approx(expected, rel=0.1) and "recompute" not in whole.step
 
 
 def test_a_quantised_base_is_dequantised_in_every_pass():
