@@ -106,6 +106,8 @@ def changes(new: dict[Key, dict], old: dict[Key, dict]) -> tuple[list[Change], d
     for members in cases.values():
         for k in members:
             others = [o for o in members if o != k and not o[1].startswith(OURS)]
+            if not others and not k[1].startswith(OURS):
+                continue  # a peer alone is the yardstick of ours, and has none itself
             if not others and new[k]["device_name"] != old[k]["device_name"]:
                 left_out[k] = "another machine, and no peer to compare with"
                 continue
