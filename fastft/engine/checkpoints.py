@@ -48,15 +48,9 @@ DESCRIPTION = "checkpoint.json"
 # are compared by what they hold, not by where they lie.
 FREE = (
     *("output_dir", "overwrite", "resume", "cache_dir", "deepspeed.*", "evaluate.*", "train.micro_batches"),
-    *(
-        "train.activation_checkpointing",
-        "train.activation_offloading",
-        "train.tensorboard",
-        "profile.*",
-        "model.layers",
-    ),
+    *("train.activation_checkpointing", "train.activation_offloading", "train.tensorboard", "profile.*"),
     *("train.log_every", "train.save_every", "train.keep_*", "train.eval_every", "distill.context_cache_gib"),
-    *("model.name_or_path", "model.revision", "model.trust_remote_code", "model.attention", "model.mlp_tile"),
+    *("model.name_or_path", "model.revision", "model.trust_remote_code", "model.attention", "model.mlp_tile", "model.layers"),
     *("data.path", "data.root", "data.files*", "data.hub", "data.ood", "data.control_documents"),
 )
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
