@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -10,10 +11,15 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from fastft import __version__
-from fastft.config import describe, load_config
+from fastft.config import ProfileConfig, check, describe, load_config, load_values, set_value, validate
 from fastft.errors import ConfigError, FastftError, Interrupted
+
+PROFILED_STEPS = 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
     train.set_defaults(function=_train)
+    profile = commands.add_parser(
+        "profile",
+        help="where time and memory of a config's training steps go",
+        usage="fastft profile --cfg FILE [key.sub=value ...]   (or: deepspeed fastft/train.py --cfg FILE "
+        "profile.steps=5 ...)",
+        description=f"A run of {PROFILED_STEPS} recorded training steps and those before them, in <output_dir>-profile "
+        "unless output_dir is given: prints where a step's time goes and what to change first, and writes report.html, "
+        "report.json and a trace for ui.perfetto.dev.",
+    )
+    profile.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration")
+    profile.add_argument("--debug", action="store_true", help="show tracebacks")
+    profile.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values over those in FILE")
+    profile.set_defaults(function=_profile)
     evaluate = commands.add_parser(
         "evaluate",
         help="accuracy of a classification config (method: icl), without writing anything",
@@ -80,11 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     sweep.set_defaults(function=_sweep)
     report = commands.add_parser(
         "report",
-        help="compare finished runs: tables and pictures for a paper",
+        help="compare runs: tables and pictures for a paper, training curves",
         usage="fastft report FOLDER [FOLDER ...] [--out DIR]",
         description="Compare finished runs on classification tasks: accuracy in and out of domain, by method, number "
         "of shots and cost, with 95 % intervals over seeds and examples. Writes tables (.md, .tex, .csv), pictures "
-        "(.svg, .pdf, .png) and report.html, which holds them all.",
+        "(.svg, .pdf, .png) and report.html, which holds them all and the runs' training curves; of other runs, and of "
+        "such as failed, the curves alone.",
     )
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep's output_dir, or a run's")
     report.add_argument("--out", metavar="DIR", help="where to write (FOLDER/comparison when there is one FOLDER)")
@@ -158,6 +178,47 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(arguments: argparse.Namespace) -> int:
+    given = load_values(arguments.cfg, arguments.overrides)
+    config = validate(profiled_values(given, arguments.overrides), source=arguments.cfg)
+    if config.method == "icl":
+        raise ConfigError(f"fastft profile: {arguments.cfg} has method=icl, which trains nothing; expected another")
+    print(f"fastft     profile: {arguments.cfg} -> {config.output_dir}", flush=True)
+    from fastft.engine.quiet import quiet
+
+    quiet()
+    from fastft.engine.run import run
+    from fastft.report.table import profile_tables
+
+    run(config)
+    report = json.loads((Path(config.output_dir) / "report.json").read_text(encoding="utf-8"))
+    for table in profile_tables(report):
+        Console().print(table)
+    print(f"report     {Path(config.output_dir) / 'report.html'}")
+    print(f"trace      {Path(config.output_dir) / 'profile' / 'rank_0.trace.json.gz'} (for ui.perfetto.dev)")
+    return 0
+
+
+def profiled_values(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A config's plain values as those of a short run that is profiled; what `overrides` set stays as it is."""
+    given = {override.partition("=")[0] for override in overrides}
+    raw = copy.deepcopy(raw)
+
+    def change(key: str, value: Any) -> None:
+        if key not in given:
+            set_value(raw, key, value)
+
+    if raw.get("output_dir"):
+        change("output_dir", f"{str(raw['output_dir']).rstrip('/')}-profile")
+    for key, value in {"overwrite": True, "resume": "never", "profile.steps": PROFILED_STEPS}.items():
+        change(key, value)
+    profile, _ = check(raw["profile"], ProfileConfig)  # problems are told when the whole is validated
+    short = {"save_every": 0, "eval_every": 0, "keep_best": False}
+    for key, value in ({"steps": profile.needed_steps} | short if profile else short).items():
+        change(f"train.{key}", value)
+    return raw
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.cfg, arguments.overrides)
     if config.method != "icl":
@@ -203,7 +264,8 @@ def _report(arguments: argparse.Namespace) -> int:
     path, missing = write_comparison([Path(folder) for folder in arguments.folders], out)
     for line in missing:
         print(f"missing    {line}")
-    print(f"report     {path}; its tables as .md, .tex and .csv, its pictures as .svg, .pdf and .png beside it")
+    beside = "; its tables as .md, .tex and .csv, its pictures as .svg, .pdf and .png beside it"
+    print(f"report     {path}{beside if path.with_name('accuracy.csv').is_file() else ''}")
     return 0
 
 

@@ -37,8 +37,11 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
-# Keys that say where a run works, not what it computes.
-PLACES = ("output_dir", "overwrite", "resume", "cache_dir", "deepspeed.threads_per_rank")
+# Keys that say where a run works and what it tells of itself, not what it computes.
+PLACES = (
+    *("output_dir", "overwrite", "resume", "cache_dir", "deepspeed.threads_per_rank", "train.tensorboard"),
+    *("profile.steps", "profile.wait", "profile.memory"),
+)
 
 
 class Section(BaseModel):
@@ -470,6 +473,9 @@ class TrainConfig(Section):
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the global gradient norm to this; 0: never")
+    tensorboard: bool = Field(
+        False, description="write the steps' figures for TensorBoard too, into <output_dir>/tensorboard"
+    )
     log_every: PositiveInt = Field(10, description="steps between lines when the output is not a terminal")
     save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only when interrupted")
     keep_checkpoints: PositiveInt = Field(1, description="how many checkpoints are kept, the last ones")
@@ -527,6 +533,19 @@ class DeepSpeedConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    steps: NonNegativeInt = Field(
+        0, description="training steps of which the report shows where time and memory go; 0: none, and no overhead"
+    )
+    wait: NonNegativeInt = Field(3, description="steps before the first of them, and one more in which it warms up")
+    memory: bool = Field(True, description="also memory over time, and what holds the highest moment")
+
+    @property
+    def needed_steps(self) -> int:
+        """Training steps until the last recorded one."""
+        return self.wait + 1 + self.steps
+
+
 class EvaluateConfig(Section):
     answers: bool = Field(True, description="also generate greedy answers (token F1, exact match)")
     max_new_tokens: PositiveInt = Field(24, description="longest generated answer")
@@ -554,7 +573,7 @@ _CLASSIFICATION_KEYS = [
 ]
 _LABEL_KEYS = ["data.verbalizer", "icl.balanced", "icl.score", "icl.calibrate", "pbft"]
 _SUMMARY_KEYS = ["evaluate.max_summary_tokens"]
-_TRAINING_KEYS = ["resume", "distill", "peft", "train", "deepspeed.offload_optimizer"]
+_TRAINING_KEYS = ["resume", "distill", "peft", "train", "deepspeed.offload_optimizer", "profile"]
 UNUSED = {
     ("distill", "documents"): [*_CLASSIFICATION_KEYS, *_SUMMARY_KEYS, "pbft"],
     ("distill", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "pbft", "icl.calibrate"],
@@ -595,6 +614,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig, description="the optimization")
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="the engine")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="evaluation")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="where time and memory go")
 
     @model_validator(mode="after")
     def _queries(self):
@@ -603,6 +623,16 @@ class Config(Section):
             raise ValueError("queries: document_only needs passages (stride > 0) or self_study (count > 0)")
         if self.overwrite and self.resume == "auto":
             raise ValueError("overwrite=true and resume=auto exclude each other; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _profiled_steps(self):
+        needed = self.profile.needed_steps
+        if self.profile.steps and needed > self.train.steps:
+            raise ValueError(
+                f"profile.steps={self.profile.steps} needs {needed} training steps (profile.wait={self.profile.wait}, "
+                f"one of warm-up), got train.steps={self.train.steps}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 
 # Higher layers may import lower ones, and modules of their own layer.
 LAYERS = [
-    {"errors", "files", "tensor_file", "distributed"},
-    {"config", "ops"},
+    {"errors", "files", "phases", "tensor_file", "distributed"},
+    {"config", "ops", "profiling"},
     {"tasks", "models", "data", "peft", "optim"},
     {"methods"},
     {"report", "plan"},

@@ -47,8 +47,9 @@ DESCRIPTION = "checkpoint.json"
 # What may change between a checkpoint and a resume: places, speed, what is printed, kept and evaluated. Models and data
 # are compared by what they hold, not by where they lie.
 FREE = (
-    *("output_dir", "overwrite", "resume", "cache_dir", "deepspeed.*", "evaluate.*", "train.micro_batches"),
-    *("train.activation_checkpointing", "train.activation_offloading"),
+    *("output_dir", "overwrite", "resume", "cache_dir", "deepspeed.*", "evaluate.*", "profile.*"),
+    *("train.micro_batches", "model.layers"),
+    *("train.activation_checkpointing", "train.activation_offloading", "train.tensorboard"),
     *("train.log_every", "train.save_every", "train.keep_*", "train.eval_every", "distill.context_cache_gib"),
     *("model.name_or_path", "model.revision", "model.trust_remote_code", "model.attention", "model.mlp_tile"),
     *("data.path", "data.root", "data.files*", "data.hub", "data.ood", "data.control_documents"),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine.checkpoints import Checkpoint, newest_intact, tidy
 from fastft.engine.progress import Reporter
-from fastft.errors import FastftError
+from fastft.errors import ConfigError, FastftError
 from fastft.files import sync, write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 RESULTS = (
     "adapter",
@@ -22,6 +26,9 @@ RESULTS = (
     "metrics.jsonl",
     "summary.json",
     "report.html",
+    "report.json",
+    "profile",
+    "tensorboard",
     "nll.svg",
     "predictions.jsonl",
 )
@@ -94,11 +101,31 @@ def check_room(folder: Path, trained_numel: int, trained_bytes: int, config: Con
         )
 
 
-class Metrics:
-    """metrics.jsonl: a line a step; a resumed run drops the lines after its checkpoint, and what a crash cut off."""
+def check_tensorboard(config: Config) -> None:
+    """Raise ConfigError, before anything is computed, where TensorBoard's package is wanted and missing."""
+    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "train.tensorboard=true, but the package tensorboard is not installed; pip install tensorboard, or remove "
+            "the key"
+        )
 
-    def __init__(self, path: Path, first: int, enabled: bool):
+
+def _board(folder: Path, first: int) -> SummaryWriter:
+    """TensorBoard's events from step `first` + 1 on; what was there of later steps is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first + 1)
+
+
+class Metrics:
+    """metrics.jsonl: a line a step; a resumed run drops the lines after its checkpoint, and what a crash cut off.
+
+    tensorboard: the same figures as TensorBoard's events, in the folder `tensorboard` beside it.
+    """
+
+    def __init__(self, path: Path, first: int, enabled: bool, tensorboard: bool = False):
         self.path = path if enabled else None
+        self.board = _board(path.with_name("tensorboard"), first) if enabled and tensorboard else None
         if enabled:
             kept = []
             if first and path.is_file():
@@ -112,6 +139,11 @@ class Metrics:
         if self.path:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+        if self.board:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, values["step"])
+            self.board.flush()  # for who watches, and for a run that is killed
 
     def sync(self) -> None:
         """Bring the lines to the disk, before a checkpoint that goes on behind them."""

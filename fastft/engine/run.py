@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,17 @@ from torch import nn
 
 from fastft import peft
 from fastft.config import Config
+from fastft.distributed import Ranks
 from fastft.engine.base import Base, load_base
+from fastft.engine.clock import Clock
 from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.documents import Documents
 from fastft.engine.icl import evaluate_in_context
 from fastft.engine.labelled import Labelled
 from fastft.engine.launch import start
-from fastft.engine.output import begin_results, check_room, open_output_dir, write_json
+from fastft.engine.output import begin_results, check_room, check_tensorboard, open_output_dir, write_json
 from fastft.engine.planned import compare_with_plan
+from fastft.engine.profiled import Profiled
 from fastft.engine.progress import Reporter, peak_memory_bytes
 from fastft.engine.stop import StopRequest
 from fastft.engine.summaries import SummaryDemonstrations, SummaryLabelled
@@ -42,19 +43,7 @@ SOURCES = {
     ("distill", "summarization"): SummaryDemonstrations,
     ("pbft", "summarization"): SummaryLabelled,
 }
-
-
-@dataclass
-class Clock:
-    """Seconds of each phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, phase: str):
-        begin = time.monotonic()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begin
+Source = Documents | Demonstrations | Labelled | SummaryDemonstrations | SummaryLabelled
 
 
 @watched
@@ -62,13 +51,27 @@ def run(config: Config) -> dict[str, Any]:
     """Run a config from start to end; returns what summary.json holds."""
     if config.method == "icl":
         return evaluate_in_context(config, keep=True)
+    check_tensorboard(config)
     stop = StopRequest()
     stop.install()
-    began = time.monotonic()
+    clock = Clock()
     source = SOURCES[config.method, config.kind].load(config)
     ranks = start(config.deepspeed.threads_per_rank)
     out = Reporter(enabled=ranks.is_first)
-    clock = Clock()
+    profiled = Profiled(config, Path(config.output_dir), clock, ranks, out)
+    with profiled.reporting():
+        return _run(config, source, stop, profiled, clock, ranks, out)
+
+
+def _run(
+    config: Config,
+    source: Source,
+    stop: StopRequest,
+    profiled: Profiled,
+    clock: Clock,
+    ranks: Ranks,
+    out: Reporter,
+) -> dict[str, Any]:
     output_dir = Path(config.output_dir)
     resumed = open_output_dir(config, output_dir, ranks, out)
 
@@ -111,6 +114,7 @@ def run(config: Config) -> dict[str, Any]:
     check_room(output_dir, number, sum(p.nbytes for p in trained.values()), config)
     if ranks.is_first:
         begin_results(config, output_dir, resumed)
+    profiled.owns_folder = True
     ranks.barrier()
     base.lm.release_host_layers()  # from here on DeepSpeed brings them
     t = config.train  # behind the release, which gives the layers their own forward back
@@ -124,7 +128,17 @@ def run(config: Config) -> dict[str, Any]:
 
     with clock.measure("train"):
         training = Training(
-            config, base, prepared, objective, trainer, output_dir, progress, stop, ranks=ranks, out=out
+            config,
+            base,
+            prepared,
+            objective,
+            trainer,
+            output_dir,
+            progress,
+            stop,
+            ranks=ranks,
+            out=out,
+            recorded=profiled.around_steps(trainer),
         )
         history = training.run(resumed)
 
@@ -148,11 +162,12 @@ def run(config: Config) -> dict[str, Any]:
         after = source.evaluate(base, prepared, ranks, out)
     summary = source.summarize(base, prepared, before, after) | history
     if ranks.is_first:
-        clock.seconds["total"] = time.monotonic() - began
+        clock.seconds["total"] = time.monotonic() - clock.began
         summary["seconds"] = {k: round(v, 3) for k, v in clock.seconds.items()}
         summary["peak_memory_bytes"] = peak_memory_bytes()
         summary["trained_parameters"] = number
         summary["plan"] = compare_with_plan(config, base, prepared, summary, ranks, num_labels, out)
+        profiled.write("complete", step=summary["steps"], plan=summary["plan"])
         source.report(output_dir, summary, after, out)
         write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
         if has_adapter:

@@ -18,6 +18,7 @@ from fastft.distributed import Ranks
 from fastft.engine import deepspeed_config
 from fastft.models.causal import PackedCausalLM
 from fastft.optim import LR_SCALE, build_optimizer, learning_rate
+from fastft.profiling import phase
 
 GATHER_BYTES = 2**26  # of whole parameters that ZeRO-3 brings to every rank at a time
 
@@ -61,19 +62,23 @@ class Trainer:
         share = self.ranks.world_size * len(micro_batches)
         mean, asked = 0.0, 0.0
         for batch in micro_batches:
-            # A rank without examples still takes part in the forward and backward, whose collectives need it.
-            loss = loss_fn(batch.examples) if batch.examples else loss_fn([0]) * 0.0
-            totals = torch.stack([loss.detach().double(), torch.tensor(float(stop), device=loss.device).double()])
-            loss_sum, stops = self.ranks.sum(totals).tolist()
+            with phase("forward"):
+                # A rank without examples still takes part in the forward and backward, whose collectives need it.
+                loss = loss_fn(batch.examples) if batch.examples else loss_fn([0]) * 0.0
+            with phase("communication"):
+                totals = torch.stack([loss.detach().double(), torch.tensor(float(stop), device=loss.device).double()])
+                loss_sum, stops = self.ranks.sum(totals).tolist()
             if loss_sum != loss_sum or abs(loss_sum) == float("inf"):
                 raise NonFiniteStep(number, batch, loss_sum)
             mean += loss_sum / batch.total_targets
             asked += stops
-            self.engine.backward(loss * (share / batch.total_targets))
-            # Without a ZeRO optimizer DeepSpeed clips but does not tell the norm.
-            gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-            own_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
-            self.engine.step()
+            with phase("backward"):
+                self.engine.backward(loss * (share / batch.total_targets))
+            with phase("optimizer"):
+                # Without a ZeRO optimizer DeepSpeed clips but does not tell the norm.
+                gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+                own_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
+                self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return StepResult(mean, lr, float(own_norm if norm is None else norm), stop=asked > 0)
 

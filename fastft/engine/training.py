@@ -6,12 +6,14 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastft import profiling
 from fastft.config import Config
 from fastft.data.sequences import Batch, Sequence, batches
 from fastft.distributed import Ranks
@@ -33,6 +35,7 @@ class Training:
 
     objective: what a step minimises.
     evaluate: figures of what is trained, called every train.eval_every steps.
+    recorded: opened around each step, see `profiling.Recording`.
     """
 
     config: Config
@@ -45,6 +48,7 @@ class Training:
     stop: StopRequest
     ranks: Ranks
     out: Reporter
+    recorded: Callable[[], AbstractContextManager] = nullcontext
 
     def __post_init__(self):
         self.sampled: dict[int, Sequence] = {}  # on-policy: what the student wrote for this step, by example
@@ -68,22 +72,25 @@ class Training:
         if checkpoint:
             self.checkpoints.load(self.trainer, checkpoint)
             first, self.loss = checkpoint.step, checkpoint.about["loss"]
-        metrics = Metrics(self.output_dir / "metrics.jsonl", first, enabled=self.ranks.is_first)
+        metrics = Metrics(
+            self.output_dir / "metrics.jsonl", first, enabled=self.ranks.is_first, tensorboard=t.tensorboard
+        )
         self.stop.deferred = True
         if first:
             self.out.line(f"resume     from step {first} ({checkpoint.path})")
         with self.out.phase("train", t.steps, "steps") as phase:
             phase.advance(first)
-            for number, micro_batches in enumerate(self._plan(), 1):
+            plan = self._plan()
+            for number in range(1, t.steps + 1):
                 if number <= first:
+                    next(plan)
                     continue
-                begin = time.monotonic()
-                if self.config.distill.on_policy:
-                    micro_batches = self._sample(number, micro_batches)
-                result = self._step(number, micro_batches)
-                self.loss, seconds = result.loss, time.monotonic() - begin
+                with self.recorded():
+                    begin = time.monotonic()
+                    result, targets = self._take(number, plan)
+                    self.loss, seconds = result.loss, time.monotonic() - begin
                 self.step_seconds.append(seconds)
-                tokens_per_s = micro_batches[0].total_targets / seconds
+                tokens_per_s = targets / seconds
                 metrics.write(
                     step=number,
                     loss=self.loss,
@@ -131,6 +138,15 @@ class Training:
             world_size=self.ranks.world_size,
             seed=self.config.seed,
         )
+
+    def _take(self, number: int, plan: Iterator[list[Batch]]) -> tuple[StepResult, int]:
+        """The next step of the plan, and its target positions over all ranks."""
+        with profiling.phase("data"):
+            micro_batches = next(plan)
+        if self.config.distill.on_policy:
+            with profiling.phase("sample"):
+                micro_batches = self._sample(number, micro_batches)
+        return self._step(number, micro_batches), micro_batches[0].total_targets
 
     def _sample(self, number: int, micro_batches: list[Batch]) -> list[Batch]:
         """On-policy: let the student continue some of the step's examples; the batches with their new totals."""

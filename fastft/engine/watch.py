@@ -34,6 +34,8 @@ CAUSE_SECONDS = 2.0
 KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 _watch: Watch | None = None
+# What the first rank does with the cause before it ends, in the watch's thread; it must not need the other ranks.
+last_words: Callable[[str], None] | None = None
 
 
 def begin(ranks: Ranks) -> None:
@@ -166,7 +168,11 @@ class Watch:
             sys.stdout.flush()
             text = f"fastft: {cause}; the other ranks end with it. To go on, run the same command with resume=auto\n"
             os.write(sys.stderr.fileno(), text.encode())
-        os._exit(1)
+        try:
+            if self.ranks.is_first and last_words:
+                last_words(cause)
+        finally:
+            os._exit(1)
 
 
 def _listen(host: str, backlog: int) -> socket.socket:

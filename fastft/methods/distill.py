@@ -26,6 +26,7 @@ from fastft.models.causal import Job, PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
 from fastft.ops import linear_log_softmax_kl, linear_topk_kl
+from fastft.profiling import phase
 from fastft.tasks import Document
 
 Advance = Callable[[int], None]  # progress: how many items are done
@@ -267,11 +268,13 @@ def loss_fn(
     leading: list[int],
 ) -> torch.Tensor:
     """Divergence summed over the target positions of the given sequences, in nats (float32 scalar)."""
-    batch = [sequences[i] for i in examples]
-    input_ids, lengths = pack([s.token_ids for s in batch], leading, lm.device)
-    at = target_rows(batch, config.loss_on, leading, lm.device)
-    parts = [store.rows(i) for i in examples]
-    targets = {name: torch.cat([p[name] for p in parts]).to(lm.device) for name in parts[0]}
+    with phase("data"):
+        batch = [sequences[i] for i in examples]
+        input_ids, lengths = pack([s.token_ids for s in batch], leading, lm.device)
+        at = target_rows(batch, config.loss_on, leading, lm.device)
+        parts = [store.rows(i) for i in examples]
+        targets = {name: torch.cat([p[name] for p in parts]).to(lm.device) for name in parts[0]}
+        packed = PackedSequences(lengths, device=lm.device)
 
     def divergence(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         hidden = hidden if len(at) == len(hidden) else hidden[at]
@@ -289,4 +292,4 @@ def loss_fn(
             reduction="sum",
         )
 
-    return lm(input_ids, PackedSequences(lengths, device=lm.device), divergence)
+    return lm(input_ids, packed, divergence)

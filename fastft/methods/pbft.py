@@ -16,6 +16,7 @@ from fastft.methods.icl import ChoiceSet
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.ops import linear_cross_entropy
+from fastft.profiling import phase
 
 
 def vocabulary_loss(lm: PackedCausalLM, shots: ChoiceSet, examples: list[int], *, leading: list[int]) -> torch.Tensor:
@@ -60,16 +61,18 @@ def _token_nll(
     lm: PackedCausalLM, prompts: list[list[int]], answers: list[list[int]], leading: list[int], *, reduction: str
 ) -> torch.Tensor:
     """-log p of the answers' tokens, one after the other, each answer behind its prompt."""
-    texts = [(*prompt, *answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
-    input_ids, lengths = pack(texts, leading, lm.device)
-    at, end = [], 0
-    for length, answer in zip(lengths, answers, strict=True):
-        end += length
-        at += range(end - len(answer), end)
-    rows = torch.tensor(at, device=lm.device)
-    labels = torch.tensor([token for answer in answers for token in answer], device=lm.device)
+    with phase("data"):
+        texts = [(*prompt, *answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
+        input_ids, lengths = pack(texts, leading, lm.device)
+        at, end = [], 0
+        for length, answer in zip(lengths, answers, strict=True):
+            end += length
+            at += range(end - len(answer), end)
+        rows = torch.tensor(at, device=lm.device)
+        labels = torch.tensor([token for answer in answers for token in answer], device=lm.device)
+        packed = PackedSequences(lengths, device=lm.device)
     return lm(
         input_ids,
-        PackedSequences(lengths, device=lm.device),
+        packed,
         lambda hidden, weight: linear_cross_entropy(hidden[rows], weight, labels, reduction=reduction),
     )

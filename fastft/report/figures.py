@@ -9,6 +9,7 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from matplotlib.patches import Polygon
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from fastft.report.compare import COSTS, Comparison, Scores
+from fastft.report.page import text
 from fastft.report.stats import confidence_ellipse
 
 COLUMN, PAGE = 3.3, 6.9  # widths in inches
@@ -59,15 +61,31 @@ def draw(comparison: Comparison) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure}
 
 
-def rendered(figure: Figure, kind: str, **more) -> bytes:
+def rendered(figure: Figure, kind: str, *, style: dict[str, Any] = STYLE, **more) -> bytes:
     """A picture's file, svg, pdf or png; without the date, so that the same picture is the same file."""
     file = io.BytesIO()
     undated = {"svg": dict.fromkeys(("Creator", "Date", "Format", "Type")), "pdf": {"CreationDate": None}, "png": {}}[
         kind
     ]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style):
         figure.savefig(file, format=kind, dpi=300, metadata=undated, **more)
     return file.getvalue()
+
+
+def inline(
+    figure: Figure, caption: str, *, style: dict[str, Any] = STYLE, smallest: float = 0.85, captioned: bool = True
+) -> str:
+    """A picture in a page: in the colour of the page's text, on its ground, scrolled where the screen is too narrow.
+
+    smallest: of its own width, to which it may shrink.
+    """
+    svg = rendered(figure, "svg", style=style, transparent=True).decode()
+    svg = svg[svg.index("<svg ") :].replace(INK, "currentColor")
+    width = figure.get_figwidth()
+    size = f"min-width:{smallest * width:.2f}in;max-width:{1.4 * width:.2f}in"
+    below = f"<figcaption>{text(caption)}</figcaption>" if captioned else ""
+    described = f'<svg role="img" aria-label="{text(caption)}" style="{size}" '
+    return f"<figure>{svg.replace('<svg ', described, 1)}{below}</figure>"
 
 
 def scatter(comparison: Comparison) -> Figure | None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from fastft.errors import DataError
 from fastft.files import replaced, write_text
 from fastft.report.compare import COSTS, Comparison, Group, Scores, compare
-from fastft.report.figures import INK, draw, rendered
-from fastft.report.html import page, text
+from fastft.report.curves import Run, curves, runs_table
+from fastft.report.figures import draw, inline, rendered
+from fastft.report.page import page, text
 from fastft.report.rows import read
 from fastft.report.stats import ALPHA, Estimate, holm
 
@@ -280,13 +280,27 @@ CAPTIONS = {
 def write_comparison(folders: list[Path], out: Path | None = None) -> tuple[Path, list[str]]:
     """Compare sweeps and runs; returns the page that was written, and a line for each thing that is missing in it.
 
+    Of runs that classify nothing, and of those that failed or were stopped, the page has the training curves alone.
+
     out: where to write; None is the folder `comparison` in the only one of `folders`. Each table as .md, .tex and .csv,
     each picture as .svg, .pdf and .png, and all in report.html. Raises DataError where there is nothing to compare, and
     before anything is written.
     """
     if out is None and len(folders) > 1:
         raise DataError(f"fastft report: {len(folders)} folders are compared: say where to write with --out DIR")
-    comparison = compare(read(folders))
+    trained = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
+    names = dict(zip(trained, _short_names(trained), strict=True))
+    runs = {names[folder]: Run.read(folder) for folder in trained}
+    training = [*runs_table(runs), *curves(runs)]
+    finished = [folder for folder in folders if not (folder / "metrics.jsonl").is_file() or runs[names[folder]].summary]
+    rows = read(finished)
+    if runs and all(row.get("accuracy") is None for row in rows):
+        out = out or folders[0] / "comparison"
+        out.mkdir(parents=True, exist_ok=True)
+        title = f"<h1>{len(runs)} run{'s' if len(runs) > 1 else ''}</h1>"
+        write_text(out / "report.html", page("comparison", [title, *training]))
+        return out / "report.html", []
+    comparison = compare(rows)
     tables = {
         "accuracy": accuracy_table(comparison),
         "differences": difference_table(comparison, differences(comparison)),
@@ -304,7 +318,7 @@ def write_comparison(folders: list[Path], out: Path | None = None) -> tuple[Path
         for kind in ("svg", "pdf", "png"):
             with replaced(out / f"{name}.{kind}") as path:
                 path.write_bytes(rendered(figure, kind))
-        pictures.append(_inline(figure, CAPTIONS[name]))
+        pictures.append(inline(figure, CAPTIONS[name]))
     parts = [
         f"<h1>{text(', '.join(dict.fromkeys(group.task for group in comparison.scores)))}: "
         f"{len(comparison.settings)} methods</h1>",
@@ -313,9 +327,19 @@ def write_comparison(folders: list[Path], out: Path | None = None) -> tuple[Path
         *pictures,
         html(tables["cost"]),
         f"<details><summary>Which is better?</summary>{html(tables['differences'])}</details>",
+        *training,
     ]
     write_text(out / "report.html", page("comparison", parts))
     return out / "report.html", missing
+
+
+def _short_names(folders: list[Path]) -> list[str]:
+    """Folders without what all of their paths begin with."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < 2:
+        return list(map(str, folders))
+    common = os.path.commonpath(paths)
+    return [str(path.relative_to(common)) for path in paths]
 
 
 def _missing(comparison: Comparison) -> list[str]:
@@ -327,15 +351,3 @@ def _missing(comparison: Comparison) -> list[str]:
         for setting in comparison.settings
         if setting not in settings
     ]
-
-
-def _inline(figure: Figure, caption: str) -> str:
-    """A picture in a page: in the colour of the page's text, on its ground, scrolled where the screen is too narrow."""
-    svg = rendered(figure, "svg", transparent=True).decode()
-    svg = svg[svg.index("<svg ") :].replace(INK, "currentColor")
-    width = figure.get_figwidth()
-    size = f"min-width:{0.85 * width:.2f}in;max-width:{1.4 * width:.2f}in"
-    return (
-        f'<figure>{svg.replace("<svg ", f"""<svg role="img" aria-label="{text(caption)}" style="{size}" """, 1)}'
-        f"<figcaption>{text(caption)}</figcaption></figure>"
-    )

@@ -49,10 +49,9 @@ def line_plot(
     def at_y(y: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y0) / (y1 - y0)
 
-    def text(
-        x: float, y: float, value: str, anchor: str = "middle", color: str = "currentColor", more: str = ""
-    ) -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}"{more}>{html.escape(value)}</text>'
+    def text(x: float, y: float, value: str, anchor: str = "middle", more: str = "") -> str:
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        return f'<text {place} fill="currentColor"{more}>{html.escape(value)}</text>'
 
     def line(y: float, color: str, more: str) -> str:
         x = (at_x(x0), at_x(x1))
@@ -73,11 +72,10 @@ def line_plot(
     ]
     if markers:
         parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.5" fill="{ACCENT}"/>' for x, y in points]
-    names = [(at_y(level.y), f"{level.name} {level.y:.2f}", level.color) for level in levels]
+    names = [(at_y(level.y), f"{level.name} {level.y:.2f}") for level in levels]
     if name:
-        names.append((at_y(points[-1][1]), f"{name} {points[-1][1]:.2f}", ACCENT))
-    for y, value, color in apart(names):
-        parts.append(text(end + 10, y + 4, value, "start", color))
+        names.append((at_y(points[-1][1]), f"{name} {points[-1][1]:.2f}"))
+    parts += [text(end + 10, y + 4, value, "start") for y, value in apart(names)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{html.escape(y_label)} against {html.escape(x_label)}" '
@@ -94,11 +92,11 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def apart(names: list[tuple[float, str, str]], gap: float = 16.0) -> list[tuple[float, str, str]]:
+def apart(names: list[tuple[float, str]], gap: float = 16.0) -> list[tuple[float, str]]:
     """The same names, moved down where two would stand less than `gap` apart."""
-    placed: list[tuple[float, str, str]] = []
-    for y, value, color in sorted(names):
-        placed.append((max(y, placed[-1][0] + gap) if placed else y, value, color))
+    placed: list[tuple[float, str]] = []
+    for y, value in sorted(names):
+        placed.append((max(y, placed[-1][0] + gap) if placed else y, value))
     return placed
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.table import Table
+
+from fastft.phases import PHASES
+from fastft.report.advice import ms
 
 ROWS = (("no context", "no_context"), ("trained, no context", "student"), ("in context", "teacher"))
 
@@ -118,6 +121,23 @@ def sets_table(summary: dict[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def profile_tables(report: dict[str, Any]) -> Iterator[Table | str]:
+    """Where a step's time goes and what to change first, of a run's report.json."""
+    if not report["profile"]:
+        yield "no step was recorded: the run ended before"
+        return
+    first = report["profile"][0]
+    table = Table(title=f"{ms(first['step_s'])} a step, mean of {len(first['steps'])}", title_justify="left")
+    table.add_column("phase", no_wrap=True)
+    for head in ("time", "share"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, seconds in first["phases"].items():
+        table.add_row(PHASES[name], ms(seconds), percent(seconds / first["step_s"]))
+    yield table
+    for place, advice in enumerate(report["advice"], 1):
+        yield f"{place}. {advice['what']}\n   {advice['why']}; up to {percent(advice['share'])} of a step"
 
 
 def number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -18,7 +19,7 @@ from fastft.errors import FastftError
 from tests.conftest import ROOT, clean_environment, start_ranks, wait_for
 
 
-@pytest.mark.parametrize(("victim", "phase", "stage"), [(0, "train", 0), (1, "teach", 3)])
+@pytest.mark.parametrize(("victim", "phase", "stage"), [(0, "teach", 3), (1, "train", 0)])
 def test_the_others_end_and_say_which_rank_died(base_config, tmp_path, victim, phase, stage):
     raw = base_config(train={"steps": 100_000, "schedule": "constant"}, deepspeed={"zero_stage": stage})
     raw["queries"] = {"passages": {"tokens": 16, "prompt_tokens": 6, "stride": 1}, "self_study": {"count": 0}}
@@ -44,6 +45,10 @@ def test_the_others_end_and_say_which_rank_died(base_config, tmp_path, victim, p
         host = re.escape(socket.gethostname())
         assert re.search(rf"fastft: rank {victim} \(process {processes[victim].pid} on {host}\) died; the other", said)
         assert "Traceback" not in said
+        if phase == "train":
+            report = json.loads((tmp_path / "run/report.json").read_text())
+            assert report["state"] == "failed" and report["error"].startswith("rank 1 (process")
+            assert "Failed after step" in (tmp_path / "run/report.html").read_text()
     finally:
         for process in processes:
             process.kill()
