@@ -36,7 +36,11 @@ pre{background:var(--soft);padding:1rem;overflow-x:auto;border-radius:6px;overfl
 summary{cursor:pointer}
 @media(max-width:34rem){
 body{margin:1rem auto}
-td,th{padding:.3rem .5rem}
+table{font-size:.85em}
+td,th{padding:.3rem .4rem}
+th,td:first-child{white-space:normal}
+td:first-child{min-width:6rem}
+th{overflow-wrap:normal}
 table.bars{font-size:.85em}
 table.bars td.bar{width:18%}
 table.bars .extra{display:none}

@@ -50,7 +50,9 @@ def roofline(points: list[tuple[str, float, float]], device: dict[str, Any]) -> 
             own = [(x, y) for other, x, y in points if other == name]
             look = {"color": COLORS[1:][i % (len(COLORS) - 1)], "marker": MARKERS[i % len(MARKERS)]}
             ax.plot(*zip(*own, strict=True), linestyle="none", markersize=5, label=name, **look)
+        lowest = min(*(y for *_, y in points), device["flops"] / 100)
         ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations/s")
+        ax.set_ylim(lowest / 1.5, device["flops"] * 3)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     caption = "Calls under the roof of the device: left of the knee bytes bound them, right of it operations."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ PLANNED = {
     "communication": ("communication",),
     "teach": ("teacher",),
 }
-MOST_BLOCKS, MOST_OPERATORS, MOST_POINTS, MOST_HELD = 14, 15, 24, 8
+MOST_BLOCKS, MOST_OPERATORS, MOST_HELD = 14, 15, 8
+POINTS_OF_EACH = 6  # calls of an operator in the roofline plot, the longest ones
 
 
 def sections(report: dict[str, Any]) -> list[str]:
@@ -155,10 +157,11 @@ def _kernels(figures: dict[str, Any], plan: dict[str, Any] | None) -> list[str]:
 def _roofline(calls: list[dict[str, Any]], device: dict[str, Any]) -> str:
     from fastft.report.plots import roofline  # matplotlib: not before it is needed
 
-    points = []
-    for call in calls[:MOST_POINTS]:
+    points, shown = [], Counter()
+    for call in calls:
         counted = floor(call, device)
-        if counted["flops"]:
+        if counted["flops"] and shown[call["name"]] < POINTS_OF_EACH:
+            shown[call["name"]] += 1
             points.append((call["name"], counted["flops"] / counted["bytes"], counted["flops"] / call["seconds"]))
     return roofline(points, device) if points else ""
 
