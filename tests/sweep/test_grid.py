@@ -141,5 +141,5 @@ def test_help_says_how_a_file_looks(capsys):
     with pytest.raises(SystemExit):
         main(["sweep", "--help"])
     said = capsys.readouterr().out
-    for word in ("--dry-run", "--part", "parallel: int = 1", "grid:"):
+    for word in ("--dry-run", "--part", "parallel: int >= 1 = 1", "grid:"):
         assert word in said
