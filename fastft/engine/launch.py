@@ -92,9 +92,8 @@ def _unlink_shared_memory() -> None:
 
 def extensions_folder() -> Path:
     """Where torch keeps what DeepSpeed compiles at run time."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
 
 
 def _shared_memory_op_is_built() -> bool:
