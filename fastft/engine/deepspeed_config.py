@@ -47,7 +47,7 @@ def derive(config: Config, world_size: int, lm: PackedCausalLM) -> dict[str, Any
             zero[key] = {"device": device, "pin_memory": False}
         if device == "nvme":
             zero[key]["nvme_path"] = _nvme_folder(key, ds.nvme_path)
-    if ds.zero_stage == 3 and (world_size > 1 or ds.offload_param != "none"):
+    if lm.layers and ds.zero_stage == 3 and (world_size > 1 or ds.offload_param != "none"):
         layer = max(sum(p.numel() for p in layer.parameters()) for layer in lm.layers)
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = 2 * layer
         zero["stage3_prefetch_bucket_size"] = layer
