@@ -245,6 +245,11 @@ class PassageConfig(Section):
     tokens: PositiveInt = Field(64, description="length of a passage")
     prompt_tokens: PositiveInt = Field(24, description="tokens of it that the student is given")
     stride: NonNegativeInt = Field(32, description="distance between passages; 0: no passages")
+    pattern: Literal["text", "query", "both"] = Field(
+        "text",
+        description="text: as it stands; query: its prompt in data.query_pattern, in place of a question, and the rest "
+        "as the answer; both: in turn",
+    )
 
     @model_validator(mode="after")
     def _lengths(self):

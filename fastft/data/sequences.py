@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastft.config import DataConfig, PassageConfig
+from fastft.config import Config, DataConfig
 from fastft.errors import DataError
 from fastft.tasks import Document
 
@@ -89,21 +89,37 @@ def make_windows(
     return windows
 
 
-def passages(window: Window, index: int, config: PassageConfig, encode: Encode) -> list[Sequence]:
+def passages(window: Window, index: int, config: Config, encode: Encode, decode: Decode) -> list[Sequence]:
     """Overlapping pieces of the window's text, each to be continued from its first tokens.
 
-    The pieces start before the text does, so that its first tokens are predicted from as little as the others.
+    The pieces start before the text does, so that its first tokens are predicted from as little as the others. In the
+    query pattern a piece's first tokens stand where a question does, and the others where its answer does.
     """
-    if config.stride == 0:
+    p = config.queries.passages
+    if p.stride == 0:
         return []
     ids = encode(window.text)
     found = []
-    for start in range(-(config.prompt_tokens // 2), max(1, len(ids) - config.prompt_tokens), config.stride):
-        piece = ids[max(start, 0) : start + config.tokens]
-        prompt_tokens = min(config.prompt_tokens, len(piece) - 1)
-        if prompt_tokens > 0:
-            found.append(Sequence(index, "passage", tuple(piece[:prompt_tokens]), tuple(piece[prompt_tokens:])))
+    for number, start in enumerate(range(-(p.prompt_tokens // 2), max(1, len(ids) - p.prompt_tokens), p.stride)):
+        piece = ids[max(start, 0) : start + p.tokens]
+        prompt_tokens = min(p.prompt_tokens, len(piece) - 1)
+        if prompt_tokens < 1:
+            continue
+        prompt, rest = piece[:prompt_tokens], piece[prompt_tokens:]
+        if p.pattern == "query" or (p.pattern == "both" and number % 2):
+            question, answer = decode(prompt).strip(), decode(rest).strip()
+            found.append(question_sequence("passage", question, answer, index, config.data, encode))
+        else:
+            found.append(Sequence(index, "passage", tuple(prompt), tuple(rest)))
     return found
+
+
+def question_sequence(
+    kind: str, question: str, answer: str, window: int, config: DataConfig, encode: Encode
+) -> Sequence:
+    """The question in the query pattern, continued by the answer and what ends it."""
+    completion = encode(config.answer_pattern.format(answer=answer) + config.answer_end)
+    return Sequence(window, kind, tuple(question_prompt(question, config, encode)), tuple(completion))
 
 
 def question_prompt(question: str, config: DataConfig, encode: Encode) -> list[int]:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fastft.config import Config
-from fastft.data.sequences import Sequence, Window, answer_tokens, make_windows, passages, question_prompt
+from fastft.data.sequences import (
+    Sequence,
+    Window,
+    answer_tokens,
+    make_windows,
+    passages,
+    question_prompt,
+    question_sequence,
+)
 from fastft.data.store import TeacherStore, store_key
 from fastft.distributed import Ranks
 from fastft.engine.base import Base, Prepared, prefix_key
@@ -68,9 +76,9 @@ class Documents:
             for window in own:
                 index = len(windows)
                 windows.append(window)
-                sequences += passages(window, index, queries.passages, text.encode)
+                sequences += passages(window, index, config, text.encode, text.decode)
                 sequences += [
-                    distill.question_sequence("question", q.text, answer, index, config, text)
+                    question_sequence("question", q.text, answer, index, data, text.encode)
                     for q in used
                     for answer in q.answers
                 ]
@@ -88,7 +96,7 @@ class Documents:
                 for index, window in enumerate(windows):
                     pairs = cached_questions(config, base, window, ranks, phase.advance)
                     sequences += [
-                        distill.question_sequence("self_study", q, answer, index, config, text) for q, answer in pairs
+                        question_sequence("self_study", q, answer, index, data, text.encode) for q, answer in pairs
                     ]
         if not sequences:
             raise DataError("there is nothing to train on: the documents gave no passages and the teacher no questions")

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from fastft.config import Config, DistillConfig
-from fastft.data.sequences import Sequence, Window, answer_tokens, pack, question_prompt
+from fastft.data.sequences import Sequence, Window, answer_tokens, pack, question_prompt, question_sequence
 from fastft.data.store import StoreWriter, TeacherStore
 from fastft.distributed import Ranks
 from fastft.models.attention import PackedSequences, Prefix
@@ -96,7 +96,10 @@ def write_questions(
 def query_reserve(document: Document, config: Config, text: Text) -> int:
     """Positions that the longest sequence behind a context of this document may take: any query with its answer."""
     study, sampled = config.queries.self_study, sampled_tokens(config.distill)
-    needs = [config.queries.passages.tokens, config.queries.passages.prompt_tokens + sampled]
+    piece = config.queries.passages
+    frame = len(question_sequence("passage", "", "", 0, config.data, text.encode).token_ids)
+    around = 0 if piece.pattern == "text" else frame
+    needs = [around + piece.tokens, around + piece.prompt_tokens + sampled]
     for q in document.questions:
         answer = max(len(answer_tokens(a, config.data, text.encode)) for a in q.answers)
         written = max(answer, config.evaluate.max_new_tokens, sampled)
@@ -131,13 +134,6 @@ def clean_question(written: str) -> str:
 def split_sentences(text: str) -> list[str]:
     """Sentences of four words and more."""
     return [s for s in (p.strip() for p in re.split(r"(?<=[.!?])\s+|\n+", text)) if len(s.split()) >= 4]
-
-
-def question_sequence(kind: str, question: str, answer: str, window: int, config: Config, text: Text) -> Sequence:
-    """The question in the query pattern, continued by the answer and what ends it."""
-    prompt = question_prompt(question, config.data, text.encode)
-    completion = text.encode(config.data.answer_pattern.format(answer=answer) + config.data.answer_end)
-    return Sequence(window, kind, tuple(prompt), tuple(completion))
 
 
 def target_specs(config: DistillConfig, lm: PackedCausalLM) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

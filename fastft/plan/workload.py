@@ -158,7 +158,7 @@ def _documents(config: Config, text: Any, tokenizer: str, positions: int | None)
         if document.id == "?":
             own = own[:1]
         for window in own:
-            sequences += passages(window, len(windows), config.queries.passages, text.encode)
+            sequences += passages(window, len(windows), config, text.encode, text.decode)
             windows.append(window)
         prompts = [question_prompt(q.text, data, text.encode) for q in document.questions]
         answers = [[answer_tokens(a, data, text.encode) for a in q.answers] for q in document.questions]
