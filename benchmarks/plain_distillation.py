@@ -6,6 +6,11 @@ It is written as somebody would who knows both libraries: the document is encode
 are sampled from the teacher and answered greedily in batches, the teacher's logits are computed once and kept, batches
 are padded on the right to their longest sequence, LoRA comes from PEFT with its defaults. It imports nothing of fastft.
 
+What fastft's own configuration does differently (no questions, short passages of which every other one stands in the
+question's pattern, AdamW with a short memory, LoRA+) is an option each, so that recipe and engine can be told apart:
+
+    --questions 0 --passages 32 8 8 --passage-pattern both --batch-size 16 --betas 0.5 0.7 --lr 1.5e-3 --lora-plus 8
+
 --document holds {"text": ..., "questions": [{"question": ..., "answers": [...]}, ...]}; the questions are only scored.
 """
 
@@ -47,7 +52,14 @@ def main() -> None:
     p.add_argument("--loss-on", choices=("all", "completion"), default="completion")
     p.add_argument("--questions", type=int, default=64)
     p.add_argument("--steps", type=int, default=100)
+    p.add_argument("--passages", type=int, nargs=3, default=(64, 24, 32), metavar=("TOKENS", "PROMPT", "STRIDE"))
+    p.add_argument(
+        "--passage-pattern", choices=("text", "both"), default="text", help="both: every other as a question"
+    )
     p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999))
+    p.add_argument("--lora-plus", type=float, default=1.0, help="learning rate of lora_B over that of lora_A")
+    p.add_argument("--warmup", type=int, default=5)
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--eval-every", type=int, default=10)
     p.add_argument("--target", type=float, default=0.8, help="stop once this recovery is reached (above 1: never)")
@@ -142,7 +154,7 @@ def main() -> None:
     )
     asked = [q for q in dict.fromkeys(asked) if q.endswith("?")]
     answers = answer_with_context([question_pattern.format(q) for q in asked], do_sample=False, max_new_tokens=24)
-    seconds["questions"] = time.perf_counter() - began
+    seconds["questions"] = time.perf_counter() - began if a.questions else 0.0
 
     examples = [
         (encode(question_pattern.format(q)), encode(answer_pattern.format(x) + end))
@@ -151,9 +163,14 @@ def main() -> None:
     ]
     written = len(examples)
     text = encode(document["text"])
-    for start in range(0, max(1, len(text) - 24), 32):
-        piece = text[start : start + 64]
-        examples.append((piece[:24], piece[24:]))
+    length, given, stride = a.passages
+    for number, start in enumerate(range(0, max(1, len(text) - given), stride)):
+        piece = text[start : start + length]
+        q, x = piece[:given], piece[given:]
+        if a.passage_pattern == "both" and number % 2:
+            q = encode(question_pattern.format(tokenizer.decode(q).strip()))
+            x = encode(answer_pattern.format(tokenizer.decode(x).strip()) + end)
+        examples.append((q, x))
     examples = [(q, x) for q, x in examples if x]
 
     began = time.perf_counter()
@@ -173,8 +190,13 @@ def main() -> None:
 
     nll_no_context, nll_teacher = gold_nll(False), gold_nll(True)
     student = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=a.lr, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 5, a.steps)
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for name, p in trained.items() if "lora_B" not in name]},
+        {"params": [p for name, p in trained.items() if "lora_B" in name], "lr": a.lr * a.lora_plus},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=a.lr, betas=tuple(a.betas), weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, a.warmup, a.steps)
     order: list[int] = []
     shuffle = random.Random(a.seed)
     seconds["train"] = 0.0

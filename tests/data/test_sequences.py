@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from fastft.config import DataConfig, PassageConfig
+from fastft.config import Config, DataConfig
 from fastft.data.sequences import Sequence, batches, make_windows, passages
 from fastft.errors import DataError
 from fastft.tasks import Document
@@ -53,12 +53,28 @@ def test_a_long_document_is_refused_where_windows_are_off():
         make_windows(document, config, encode, decode, leading=[], positions=300, reserve=240)
 
 
+def cut(window, **how):
+    data = {"query_pattern": "w300 {question} w301", "answer_pattern": " {answer}", "answer_end": " w302"}
+    config = Config(output_dir="unused", queries={"passages": how}, data=data)
+    return passages(window, 3, config, encode, decode)
+
+
 def test_passages_reach_every_token():
     (window,) = windows()
-    found = passages(window, 3, PassageConfig(tokens=20, prompt_tokens=8, stride=6), encode)
+    found = cut(window, tokens=20, prompt_tokens=8, stride=6)
     assert {t for s in found for t in s.completion} >= set(range(8, 100))
     assert all(s.window == 3 and len(s.token_ids) <= 20 for s in found)
-    assert passages(window, 0, PassageConfig(stride=0), encode) == []
+    assert cut(window, stride=0) == []
+
+
+def test_passages_in_the_query_pattern_hold_the_same_tokens():
+    (window,) = windows()
+    how = {"tokens": 20, "prompt_tokens": 8, "stride": 6}
+    plain, framed, both = (cut(window, **how, pattern=pattern) for pattern in ("text", "query", "both"))
+    for s, f in zip(plain, framed, strict=True):
+        assert f.prompt == (300, *s.prompt, 301)
+        assert f.completion == (*s.completion, 302)
+    assert both == [(plain, framed)[i % 2][i] for i in range(len(plain))]
 
 
 def test_target_positions():
