@@ -56,7 +56,7 @@ def run_fastft(config: str, index: int, folder: Path, model: str, overrides: lis
     command = [shutil.which("deepspeed"), "--master_port", str(port), str(ROOT / "fastft/train.py"), "--cfg", config]
     command += [f"data.documents=[{index}]"]
     command += [f"output_dir={output}", f"cache_dir={folder / 'cache'}", f"model.name_or_path={model}"]
-    command += ["overwrite=true", "evaluate.answers=false", "train.eval_every=5", *overrides]
+    command += ["overwrite=true", "evaluate.answers=false", "train.eval_every=2", *overrides]
     shutil.rmtree(folder / "cache", ignore_errors=True)
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     summary = json.loads((output / "summary.json").read_text())
@@ -79,7 +79,7 @@ def run_plain(index: int, document, folder: Path, model: str, target: float, ext
     questions = [{"question": q.text, "answers": list(q.answers)} for q in document.questions]
     source.write_text(json.dumps({"text": document.text, "questions": questions}))
     command = [sys.executable, str(ROOT / "benchmarks/plain_distillation.py"), "--model", model]
-    command += ["--document", str(source), "--json", str(result), "--target", str(target), "--eval-every", "5", *extra]
+    command += ["--document", str(source), "--json", str(result), "--target", str(target), "--eval-every", "2", *extra]
     subprocess.run(command, check=True)
     return json.loads(result.read_text()) | {"document": index}
 
