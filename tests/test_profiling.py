@@ -72,6 +72,9 @@ def test_two_ranks_under_zero_3_add_up(profiled_config, launch):
     assert report["profile"][0]["steps"] == pytest.approx(measured, rel=0.03)
     highest = max(nbytes for _, nbytes in report["memory"])
     assert highest == pytest.approx(report["peak_memory_bytes"], rel=0.03)
+    assert report["tracing"]["is_excluded"] and report["tracing"]["peak_bytes"] > 1.03 * highest
+    assert report["plan"]["measured_peak_bytes"] == report["peak_memory_bytes"] >= rows[-1]["peak_memory_bytes"]
+    assert "trace" in {name for name, *_ in report["spans"]}
     page = (folder / "report.html").read_text()
     assert "Rank 0 works longest" in page or "Rank 1 works longest" in page
     for rank in (0, 1):
@@ -199,16 +202,16 @@ def test_nothing_is_left_behind_and_nothing_is_done_while_off(tmp_path):
 
     finished = []
     recording = profiling.Recording(
-        model, head, tmp_path / "t.json", wait=1, steps=2, memory=True, finished=lambda *a: finished.append(a)
+        model, head, tmp_path / "t.json.gz", wait=1, steps=2, memory=True, finished=lambda *a: finished.append(a)
     )
     for step in range(5):
         with recording.step():
             with profiling.phase("forward"):
                 head(model(torch.ones(2, 4))).sum()
             assert len(model.mlp._forward_hooks) == (1 if step in (1, 2, 3) else 0)
-    assert finished == [(tmp_path / "t.json", True)]
+    assert finished == [(tmp_path / "t.json.gz", True)]
     assert profiling.phase("forward") is off
-    figures = analyse(Trace.read(tmp_path / "t.json"))
+    figures = analyse(Trace.read(tmp_path / "t.json.gz"))
     assert len(figures["steps"]) == 2
     assert {(b["phase"], b["block"]) for b in figures["blocks"]} == {("forward", "attention"), ("forward", "mlp")}
     assert figures["phases"]["loss"] > 0
@@ -220,8 +223,7 @@ def test_memory_over_time_keeps_the_highest_moments(monkeypatch):
     timeline.stop()
     timeline.samples, timeline.every = [], 1
     values = iter([*range(20), 1000, *range(20)])
-    timeline.process = type("Process", (), {"memory_info": lambda self: type("Info", (), {"rss": next(values)})})()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(profiling, "memory_bytes", lambda: next(values))
     for _ in range(40):
         timeline._sample()
     assert len(timeline.samples) < 8 and max(nbytes for _, nbytes in timeline.samples) == 1000

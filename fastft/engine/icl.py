@@ -15,11 +15,12 @@ from fastft.engine.base import load_base
 from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, open_output_dir, write_json
-from fastft.engine.progress import Reporter, peak_memory_bytes
+from fastft.engine.progress import Reporter
 from fastft.engine.stop import StopRequest
 from fastft.engine.summaries import SummaryDemonstrations
 from fastft.engine.trainer import gather_by_layer
 from fastft.engine.watch import watched
+from fastft.memory import peak_memory_bytes
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.report import sets_table

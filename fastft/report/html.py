@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,14 @@ def _write_page(folder: Path, config: Config, parts: list[str], summary: dict[st
 
 def _phases(report: dict[str, Any]) -> list[str]:
     """The run's own phases, and what it ran on."""
-    spans = report["spans"]
-    rows = [(name, end - begin, []) for name, begin, end in spans]
-    whole = max((end for *_, end in spans), default=0.0)
+    seconds = Counter()
+    for name, begin, end in report["spans"]:
+        seconds[name] += end - begin
+    whole = max((end for *_, end in report["spans"]), default=0.0)
+    phases = [(name, own, []) for name, own in seconds.items()]
     processes = f"{report['processes']} process{'es' if report['processes'] > 1 else ''}"
     facts = f"{report['host']}; {processes} on {report['device']}; fastft {report['fastft']}, torch {report['torch']}"
-    return ["<h2>The run</h2>", f"<p>{text(facts)}.</p>", bars(["phase"], rows, whole, lambda s: f"{s:.1f} s")]
+    return ["<h2>The run</h2>", f"<p>{text(facts)}.</p>", bars(["phase"], phases, whole, lambda s: f"{s:.1f} s")]
 
 
 def _configuration(config: Config) -> list[str]:

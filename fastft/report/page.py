@@ -98,8 +98,11 @@ def stacked(parts: list[tuple[str, float]], shown: Callable[[float], str]) -> st
         f'<i style="width:{100 * value / whole:.2f}%;background:{color}" title="{text(name)}: {shown(value)}"></i>'
         for name, value, color in colored
     )
-    legend = "".join(
-        f'<li><i style="background:{color}"></i>{text(name)} {100 * value / whole:.0f} %</li>'
-        for name, value, color in colored
-    )
-    return f"<div class=stack>{blocks}</div><ul class=legend>{legend}</ul>"
+    names = [(color, f"{name} {100 * value / whole:.0f} %") for name, value, color in colored]
+    return f"<div class=stack>{blocks}</div>{legend(names)}"
+
+
+def legend(items: list[tuple[str, str]]) -> str:
+    """Names with the colours that stand for them; they wrap where the screen is narrow."""
+    lines = "".join(f'<li><i style="background:{color}"></i>{text(name)}</li>' for color, name in items)
+    return f"<ul class=legend>{lines}</ul>"

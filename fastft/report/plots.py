@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fastft.report import page
 from fastft.report.figures import COLORS, INK, MARKERS, STYLE, inline
-from fastft.report.page import text
 
 GIB, MIB = 2**30, 2**20
 WIDE, SMALL = (5.4, 2.3), (3.4, 2.0)  # inches
@@ -60,21 +60,21 @@ def roofline(points: list[tuple[str, float, float]], device: dict[str, Any]) -> 
 
 
 def memory_over_time(samples: list[tuple[float, int]], spans: list[tuple[str, float, float]], what: str) -> str:
-    """The whole run, with its phases."""
+    """The whole run, with its phases as a strip of colours above it, and their names below."""
+    names = dict.fromkeys(name for name, *_ in spans)
+    colors = {name: page.COLORS[i % len(page.COLORS)] for i, name in enumerate(names)}
 
     def draw(ax: Axes) -> None:
         x, y = zip(*((t, n / GIB) for t, n in samples), strict=True)
         ax.fill_between(x, y, color=BLUE, alpha=0.25, linewidth=0)
         ax.plot(x, y, color=BLUE, linewidth=1)
-        highest = max(y)
-        ax.set(xlim=(0, x[-1]), ylim=(0, 1.22 * highest), xlabel="seconds", ylabel="GiB")
-        for i, (name, begin, end) in enumerate(spans):
-            if i % 2:
-                ax.axvspan(begin, end, color="#888888", alpha=0.1, linewidth=0)
-            if end - begin > 0.075 * x[-1]:
-                ax.text((begin + end) / 2, 1.2 * highest, name, ha="center", va="top", fontsize=7.5, color=INK)
+        ax.set(xlim=(0, x[-1]), ylim=(0, 1.15 * max(y)), xlabel="seconds", ylabel="GiB")
+        for name, begin, end in spans:
+            ax.axvspan(begin, end, 0.94, 1, color=colors[name], linewidth=0)
+            ax.axvspan(begin, end, 0, 0.94, color=colors[name], alpha=0.07, linewidth=0)
 
-    return plot((6.6, 2.4), f"Memory {what}, over the run and its phases.", draw)
+    figure = plot((6.6, 2.4), f"Memory {what}, over the run and its phases.", draw)
+    return figure + page.legend([(color, name) for name, color in colors.items()])
 
 
 def memory_in_steps(timeline: list[tuple[float, int]]) -> str:
@@ -115,6 +115,4 @@ def run_color(order: list[str], name: str) -> str:
 
 def legend(order: list[str]) -> str:
     """The names of runs in their colours, as HTML."""
-    colors = [run_color(order, name).replace(INK, "currentColor") for name in order]
-    items = zip(colors, order, strict=True)
-    return f"<ul class=legend>{''.join(f'<li><i style=background:{c}></i>{text(name)}</li>' for c, name in items)}</ul>"
+    return page.legend([(run_color(order, name).replace(INK, "currentColor"), name) for name in order])

@@ -175,7 +175,7 @@ def _memory(report: dict[str, Any]) -> list[str]:
     parts = [
         "<h2 id=memory>Memory</h2>",
         f"<p>At most {highest / GIB:.2f} GiB {what}, {moment:.1f} s into the run, in <b>{text(phase)}</b>"
-        f"{_planned_peak(report['plan'])}.</p>",
+        f"{_planned_peak(report['plan'])}.{_tracing(report['tracing'])}</p>",
         memory_over_time(samples, report["spans"], what),
     ]
     first = report["profile"][0] if report["profile"] else {}
@@ -193,6 +193,15 @@ def _memory(report: dict[str, Any]) -> list[str]:
 
 def _planned_peak(plan: dict[str, Any] | None) -> str:
     return f"; {plan['planned_peak_bytes'] / GIB:.2f} GiB planned" if plan and "planned_peak_bytes" in plan else ""
+
+
+def _tracing(tracing: dict[str, Any] | None) -> str:
+    if tracing is None:
+        return ""
+    took = f" Writing the trace took the process to {tracing['peak_bytes'] / GIB:.2f} GiB of host memory, "
+    if tracing["is_excluded"]:
+        return took + "which is neither in this peak nor in the plot."
+    return took + "which the measured peak holds: this system's record of it cannot be reset. The plot is without."
 
 
 def _held(memory: dict[str, Any]) -> list[str]:
