@@ -17,7 +17,6 @@ from fastft import profiling
 from fastft.engine.trainer import Trainer
 from fastft.methods import distill
 from fastft.report.advice import advise
-from fastft.report.floors import floor
 from fastft.report.trace import IDLE, Trace, analyse
 from tests.engine.test_run import ok
 
@@ -296,32 +295,6 @@ def test_memory_belongs_to_who_allocated_it():
         {"phase": "forward", "block": "attention", "bytes": 300},
         {"phase": "forward", "block": None, "bytes": 100},
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "shapes", "scalars", "flops", "nbytes"),
-    [
-        ("aten::mm", [[3, 5], [5, 7]], ["", ""], 2 * 3 * 5 * 7, 2 * (15 + 35 + 21)),
-        ("aten::addmm", [[7], [3, 5], [5, 7], [], []], [""] * 5, 2 * 3 * 5 * 7, 2 * (15 + 35 + 21)),
-        ("aten::bmm", [[2, 3, 5], [2, 5, 7]], ["", ""], 2 * 2 * 3 * 5 * 7, 2 * (30 + 70 + 42)),
-        ("fastft::lora_down", [[9, 5], [4, 5], [], [9, 4]], ["", "", "2.", ""], 2 * 9 * 5 * 4, 2 * (45 + 20 + 36)),
-        ("fastft::lora_up", [[9, 7], [9, 4], [7, 4]], [""] * 3, 2 * 9 * 7 * 4, 2 * (2 * 63 + 36 + 28)),
-        ("fastft::lora_outer", [[9, 4], [9, 7], []], ["", "", "True"], 2 * 9 * 7 * 4, 2 * (36 + 63 + 28)),
-        (  # student, teacher and the hidden gradient: three products
-            "fastft::linear_log_softmax_kl",
-            [[9, 5], [9, 5], [11, 5], *[[]] * 9],
-            ["", "", "", "", "", "1.", "forward", "0.5", "sum", "0", "True", "False"],
-            3 * 2 * 9 * 5 * 11,
-            2 * (2 * 45 + 55 + 45),
-        ),
-    ],
-)
-def test_floors_are_counted(name, shapes, scalars, flops, nbytes):
-    call = {"name": name, "shapes": shapes, "types": ["c10::BFloat16"] * len(shapes), "scalars": scalars}
-    for device in ({"flops": 1.0, "bandwidth": 1e12}, {"flops": 1e12, "bandwidth": 1.0}):
-        found = floor(call, device)
-        assert (found["flops"], found["bytes"]) == (flops, nbytes)
-        assert found["floor_s"] == pytest.approx(flops if device["flops"] == 1.0 else nbytes)
 
 
 def test_advice_is_ranked_and_none_without_a_profile(profiled_config):

@@ -149,8 +149,8 @@ def _kernels(figures: dict[str, Any], plan: dict[str, Any] | None) -> list[str]:
         _roofline(figures["calls"], device),
         table(["operator", "calls a step", "time", "floor", "floor / time"], rows),
         f"<p class=note>Floor: counted operations at {device['flops'] / 1e12:,.3g} TFLOP/s, or bytes at "
-        f"{device['bandwidth'] / 1e9:,.4g} GB/s, whichever takes longer; for attention, whose products depend on "
-        "lengths that the trace does not have, the bytes alone. A call's time holds the operators that it calls.</p>",
+        f"{device['bandwidth'] / 1e9:,.4g} GB/s, whichever takes longer; for attention, the least that sequences of "
+        "these many tokens in all can need. A call's time holds the operators that it calls.</p>",
     ]
 
 
