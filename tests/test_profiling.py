@@ -297,6 +297,26 @@ def test_memory_belongs_to_who_allocated_it():
     ]
 
 
+def test_advice_on_a_copy_has_the_shape_of_what_is_copied(profiled_config):
+    """cat takes a list of tensors, zeros takes none."""
+    from fastft.config import validate
+
+    def first(name: str, dims: list) -> str:
+        records = [
+            interval("user_annotation", "fastft.step", 0, 100),
+            interval("user_annotation", "fastft.loss", 0, 90),
+            interval("cpu_op", name, 10, 80, **{"Input Dims": dims}),
+        ]
+        figures = analyse(Trace.parse(records)) | {"threads": 1, "cores": 1}
+        return advise([figures], None, validate(profiled_config()))[0].what
+
+    assert first("aten::cat", [[[2, 8], [400, 8], [1, 8]], []]).endswith(
+        "most time goes to aten::cat of [400, 8] in loss"
+    )
+    assert first("aten::copy_", [[], [7, 9]]).endswith("aten::copy_ of [7, 9] in loss")
+    assert first("aten::zeros", [[], [], []]).endswith("most time goes to aten::zeros in loss")
+
+
 def test_advice_is_ranked_and_none_without_a_profile(profiled_config):
     from fastft.config import validate
 

@@ -16,6 +16,7 @@ import bisect
 import functools
 import gzip
 import json
+import math
 import re
 import subprocess
 import sys
@@ -358,8 +359,9 @@ def _copies(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
     found: dict[Any, Counter] = defaultdict(Counter)
     for event in trace.threads[main]:
         if event.is_operator and event.context != OUTSIDE and kind_of(event.name) == "copies":
-            dims = next((tuple(d) for d in event.args.get("Input Dims", []) if d and isinstance(d[0], int)), ())
-            found[event.name, dims, event.context] += Counter({"calls": 1, "seconds": event.seconds_self})
+            found[event.name, _shape(event.args.get("Input Dims", [])), event.context] += Counter(
+                {"calls": 1, "seconds": event.seconds_self}
+            )
     rows = [
         {
             "name": name,
@@ -372,6 +374,14 @@ def _copies(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
         for (name, dims, context), own in found.items()
     ]
     return sorted(rows, key=lambda row: -row["seconds"])[:MOST_COPIES]
+
+
+def _shape(inputs: list[Any]) -> tuple[int, ...]:
+    """The shape of an operator's first tensor, of a list's largest one; () where it has none, or has one number."""
+    for dims in inputs:
+        if dims:
+            return tuple(max(dims, key=math.prod) if isinstance(dims[0], list) else dims)
+    return ()
 
 
 def _operators(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
