@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+GATHER_BYTES = 2**26  # of whole parameters that ZeRO-3 brings to every rank at a time
 
 
 class Ranks:

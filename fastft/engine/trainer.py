@@ -14,13 +14,11 @@ from torch import nn
 
 from fastft.config import Config
 from fastft.data.sequences import Batch
-from fastft.distributed import Ranks
+from fastft.distributed import GATHER_BYTES, Ranks
 from fastft.engine import deepspeed_config
 from fastft.models.causal import PackedCausalLM
 from fastft.optim import LR_SCALE, build_optimizer, learning_rate
 from fastft.profiling import phase
-
-GATHER_BYTES = 2**26  # of whole parameters that ZeRO-3 brings to every rank at a time
 
 LossFn = Callable[[list[int]], torch.Tensor]  # example indices -> loss summed over their target positions
 
