@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from fastft.config import Config
-from fastft.distributed import GATHER_BYTES
+from fastft.distributed import GATHER_BYTES, REDUCE_BUCKET
 from fastft.ops.frozen_weight import TILE_BYTES
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import MIB, Device
@@ -143,7 +143,7 @@ class Memory:
         else:
             held["gradients"] += share * b
         if d.zero_stage:
-            device["communication"] += min(n, BUCKET) * b
+            device["communication"] += min(n, REDUCE_BUCKET) * b
         if self.ranks > 1 and self.device.is_cpu:
             device["communication"] += SHARED_MEMORY
         return device, host, 4 * share if has_master else 0
@@ -263,7 +263,6 @@ class Memory:
 
 
 SHARED_MEMORY = 66 * 2**20  # DeepSpeed's buffers for all-reduce between processes on one CPU
-BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
 
 
 def offloaded_layers(config: Config, counts: Counts) -> int:
