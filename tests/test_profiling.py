@@ -272,6 +272,27 @@ def test_the_timeline_of_a_gpu_is_dealt_out():
     assert figures["host_link"] == {"seconds": pytest.approx(10e-6), "bytes": 1024}
 
 
+def test_a_gpu_call_takes_the_time_of_all_kernels_within_it():
+    """A loss that calls two products, and one product after it; launched here, run later."""
+    inputs = {"Input Dims": [[2, 3], [3, 4]], "Input type": ["float", "float"], "Concrete Inputs": ["", ""]}
+    records = [
+        interval("user_annotation", "fastft.step", 0, 100),
+        interval("cpu_op", "fastft::linear_log_softmax_kl", 10, 30, **{"External id": 1, **inputs}),
+        interval("cpu_op", "aten::mm", 11, 14, **{"External id": 2, **inputs}),
+        interval("cpu_op", "aten::mm", 15, 18, **{"External id": 3, **inputs}),
+        interval("cpu_op", "fastft::log_softmax_kl_rows", 19, 20, **{"External id": 4, **inputs}),
+        interval("cpu_op", "aten::mm", 30, 34, **{"External id": 5, **inputs}),
+        interval("cpu_op", "aten::bmm", 40, 44, **{"External id": 6, **inputs}),  # nothing of it was traced
+        *(
+            interval("kernel", "k", 40 + 10 * i, 40 + 10 * i + i, "stream 7", **{"External id": i})
+            for i in (2, 3, 4, 5)
+        ),
+    ]
+    calls = {call["name"]: call for call in analyse(Trace.parse(records))["calls"]}
+    us = {name: round(1e6 * call["calls"] * call["seconds"]) for name, call in calls.items()}
+    assert us == {"fastft::linear_log_softmax_kl": 2 + 3 + 4, "aten::mm": 2 + 3 + 5, "fastft::log_softmax_kl_rows": 4}
+
+
 def test_memory_belongs_to_who_allocated_it():
     def allocation(moment: float, address: int, nbytes: int) -> dict:
         args = {"Addr": address, "Bytes": nbytes, "Device Type": 0, "Device Id": -1}

@@ -15,13 +15,14 @@ from __future__ import annotations
 import bisect
 import functools
 import gzip
+import itertools
 import json
 import math
 import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -407,20 +408,21 @@ def _operators(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
 
 
 def _calls(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
-    """Calls whose floor can be counted (`report.floors`), by their inputs, and whole seconds of a call."""
-    durations: dict[Any, float] = Counter()
-    for event in trace.device:
-        durations[event.args.get("External id")] += event.end - event.start
+    """Calls whose floor can be counted (`report.floors`), by their inputs, and whole seconds of a call.
+
+    Whole: with the operators that it calls; on a GPU of all kernels that these launched.
+    """
     found: dict[tuple, list[float]] = defaultdict(list)
     for thread, events in trace.threads.items():
         if thread != main and not trace.device:
             continue
+        seconds_of = _kernel_seconds(trace, events) if trace.device else lambda event: event.end - event.start
         for event in events:
             if event.context == OUTSIDE or not event.is_operator or not is_counted(event.name):
                 continue
             shapes, types, scalars = (event.args.get(k, []) for k in ("Input Dims", "Input type", "Concrete Inputs"))
-            own = durations[event.args["External id"]] if trace.device else event.end - event.start
-            found[event.name, json.dumps(shapes), json.dumps(types), json.dumps(scalars)].append(own)
+            if seconds := seconds_of(event):
+                found[event.name, json.dumps(shapes), json.dumps(types), json.dumps(scalars)].append(seconds)
     rows = [
         {
             "name": name,
@@ -431,6 +433,21 @@ def _calls(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
         for (name, *inputs), own in found.items()
     ]
     return sorted(rows, key=lambda row: -row["calls"] * row["seconds"])
+
+
+def _kernel_seconds(trace: Trace, events: list[Event]) -> Callable[[Event], float]:
+    """Of an operator of this thread: seconds of the kernels that it and the operators within it launched."""
+    durations: Counter[Any] = Counter()
+    for event in trace.device:
+        durations[event.args.get("External id")] += event.end - event.start
+    operators = sorted((event for event in events if event.is_operator), key=lambda event: event.start)
+    starts = [event.start for event in operators]
+    until = [0.0, *itertools.accumulate(durations[event.args.get("External id")] for event in operators)]
+
+    def seconds(event: Event) -> float:
+        return until[bisect.bisect_left(starts, event.end)] - until[bisect.bisect_left(starts, event.start)]
+
+    return seconds
 
 
 def _communication(trace: Trace, exposed: float, count: int) -> dict[str, float]:
