@@ -6,7 +6,9 @@ import ctypes
 import functools
 import gc
 import os
+import re
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +17,16 @@ from pathlib import Path
 import psutil
 import torch
 
-REFERENCES = Path("/proc/self/clear_refs")
+STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what Linux wants to read there: proc_pid_clear_refs(5)
 
 _before = 0  # the peak before the kernel's was reset
-
-
-process = functools.cache(psutil.Process)  # of a process id: a fork has another
+_process = functools.cache(psutil.Process)  # of a process id: a fork has another
 
 
 def memory_bytes() -> int:
     """What is taken now."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else process(os.getpid()).memory_info().rss
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _process(os.getpid()).memory_info().rss
 
 
 def peak_memory_bytes() -> int:
@@ -63,7 +63,11 @@ def apart() -> Iterator[Apart]:
 
 
 def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Linux's record of the process; elsewhere getrusage's, which begins at the peak of who started the process."""
+    found = STATUS.is_file() and re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _reset_peak() -> bool:

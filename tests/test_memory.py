@@ -33,7 +33,9 @@ print(tracing.is_excluded)
 
 
 def measured(references: str) -> tuple[list[float], bool]:
+    ballast = bytearray(2**30)  # what this process takes is no part of another's peak
     done = subprocess.run([sys.executable, "-c", SCRIPT, references], capture_output=True, text=True, check=True)
+    del ballast
     *figures, excluded = done.stdout.split()
     return [float(f) for f in figures], excluded == "True"
 
@@ -50,7 +52,7 @@ def test_what_is_apart_is_not_in_the_peak_and_is_given_back():
 def test_where_the_peak_cannot_be_reset_it_says_so():
     (apart, behind, now, end), excluded = measured("/proc/self/there-is-no-such-file")
     assert not excluded and apart == pytest.approx(300, abs=TOLERANCE)
-    assert behind == end == pytest.approx(apart) and now < TOLERANCE
+    assert behind == pytest.approx(apart, abs=1) and end == pytest.approx(apart, abs=1) and now < TOLERANCE
 
 
 def test_phases_take_turns(monkeypatch):
