@@ -289,6 +289,9 @@ def of(shape: list[int]) -> str:
 
 
 def ms(seconds: float) -> str:
+    """Seconds as people read them."""
+    if 0 < seconds < 1e-4:
+        return f"{1e6 * seconds:,.3g} µs"
     return f"{1000 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
 
 
