@@ -25,7 +25,6 @@ PLANNED = {
 }
 MOST_BLOCKS, MOST_OPERATORS, MOST_HELD = 14, 15, 8
 POINTS_OF_EACH = 6  # calls of an operator in the roofline plot, the longest ones
-LEAST_SHARE = 1e-3  # of a step, of a kernel that is shown: what a few numbers take says nothing
 
 
 def sections(report: dict[str, Any]) -> list[str]:
@@ -142,20 +141,17 @@ def _kernels(figures: dict[str, Any], plan: dict[str, Any] | None) -> list[str]:
     device = (plan or {}).get("device")
     if not device or not figures["calls"]:
         return []
-    least = LEAST_SHARE * figures["step_s"]
-    shown = {k["name"]: k for k in kernels(figures["calls"], device) if k["seconds"] >= least}
     rows = []
-    for name, k in shown.items():
+    for k in kernels(figures["calls"], device):
         share = percent(k["floor_s"] / k["seconds"])
-        rows.append([_breakable(name), f"{k['calls']:,.0f}", ms(k["seconds"]), ms(k["floor_s"]), share])
+        rows.append([_breakable(k["name"]), f"{k['calls']:,.0f}", ms(k["seconds"]), ms(k["floor_s"]), share])
     return [
         "<h3>Kernels against their floors</h3>",
-        _roofline([call for call in figures["calls"] if call["name"] in shown], device),
+        _roofline(figures["calls"], device),
         table(["operator", "calls a step", "time", "floor", "floor / time"], rows),
         f"<p class=note>Floor: counted operations at {device['flops'] / 1e12:,.3g} TFLOP/s, or bytes at "
         f"{device['bandwidth'] / 1e9:,.4g} GB/s, whichever takes longer; for attention, the least that sequences of "
-        "these many tokens in all can need. A call's time holds the operators that it calls. What takes less than "
-        f"{100 * LEAST_SHARE:g} % of a step is left out.</p>",
+        "these many tokens in all can need. A call's time holds the operators that it calls.</p>",
     ]
 
 
