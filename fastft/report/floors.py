@@ -182,7 +182,7 @@ def _bias_adamw(inputs: Inputs) -> Count:
     return ADAMW * count, count * (3 * parameter + 2 * state) + 2 * inputs.nbytes(4)
 
 
-# Of the compiled operators all but row_reduce and index_check, which look at one number a row: no more than a call takes.
+# All compiled operators but row_reduce and index_check: those look at one number a row, no more than a call takes.
 COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "aten::mm": lambda inputs: _product(inputs, 0, 1),
     "aten::addmm": lambda inputs: _product(inputs, 1, 2),
