@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+GATHER_BYTES = 2**26  # of whole parameters that ZeRO-3 brings to every rank at a time
+REDUCE_BUCKET = 500_000_000  # elements of DeepSpeed's bucket for gradients, at most: its own setting
 
 
 class Ranks:

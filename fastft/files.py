@@ -27,6 +27,12 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step."""
+    with replaced(path) as partial:
+        partial.write_bytes(content)
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk: they are then there after a power cut."""
     handle = os.open(path, os.O_RDONLY)

@@ -14,24 +14,27 @@ says what belongs to what (`report.trace` reads it):
 
 from __future__ import annotations
 
+import gzip
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from fastft.memory import memory_bytes
 from fastft.phases import PREFIX
 
 WARM_UP = 1  # steps in which the profiler runs already, and what it sees is thrown away
 SAMPLE_SECONDS = 0.005
 MOST_SAMPLES = 4096
 SNAPSHOT_ENTRIES = 200_000
+COMPRESSION = 6  # of gzip: 9 takes five times as long for 10 % less
 
 _off = nullcontext()
 _recording = False
@@ -107,11 +110,11 @@ class _ModuleRanges:
 class Recording:
     """Records `steps` steady steps of a training loop, after `wait` others and one of warm-up, into a trace file.
 
-    model, head: whose modules get ranges. path: the trace, Chrome's format, which ui.perfetto.dev opens. memory: also
-    each allocation and release; on a GPU with the allocator's history, as <path>.memory.pickle for
+    model, head: whose modules get ranges. path: the trace, gzip of Chrome's format, which ui.perfetto.dev opens.
+    memory: also each allocation and release; on a GPU with the allocator's history, as <path>.memory.pickle for
     pytorch.org/memory_viz. finished: called once with the trace's path and whether all steps are in it: between two
-    steps, or by `close` where the run ends before.
-    ranges: opened together with the recording: ranges of someone else's code.
+    steps, or by `close` where the run ends before. ranges: opened together with the recording: ranges of someone
+    else's code. apart: opened around the work of writing the trace, of which nothing is left behind it.
 
     Overhead is in the recorded steps alone: writing and reading the trace is between steps.
     """
@@ -127,8 +130,9 @@ class Recording:
         memory: bool,
         finished: Callable[[Path, bool], None],
         ranges: Callable[[], AbstractContextManager] = nullcontext,
+        apart: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.model, self.head, self.path, self.ranges = model, head, path, ranges
+        self.model, self.head, self.path, self.ranges, self.apart = model, head, path, ranges, apart
         self.wait, self.steps, self.memory, self.finished = wait, steps, memory, finished
         self.taken = 0  # steps that the loop has begun since it started
         self.profiler: profile | None = None
@@ -143,9 +147,10 @@ class Recording:
             yield
         if self.profiler is None:
             return
-        self.profiler.step()
         if self.taken == self.wait + WARM_UP + self.steps:
             self.close(complete=True)
+        else:
+            self.profiler.step()
 
     def _start(self) -> None:
         global _recording
@@ -158,41 +163,50 @@ class Recording:
             schedule=schedule(wait=0, warmup=WARM_UP, active=self.steps, repeat=1),
             record_shapes=True,
             profile_memory=self.memory,
-            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(self.path)),
+            on_trace_ready=self._write,
         )
         self.modules, self.foreign = _ModuleRanges(self.model, self.head), self.ranges()
         self.foreign.__enter__()
         _recording = True
         self.profiler.start()
 
+    def _write(self, profiler: profile) -> None:
+        plain = self.path.with_suffix("")
+        profiler.export_chrome_trace(str(plain))
+        with open(plain, "rb") as file, gzip.open(self.path, "wb", compresslevel=COMPRESSION) as compressed:
+            shutil.copyfileobj(file, compressed, 2**20)
+        plain.unlink()
+
     def close(self, *, complete: bool = False) -> None:
         """End the recording and hand over what there is of it; complete: after the last step."""
         global _recording
-        profiler, self.profiler = self.profiler, None
-        if profiler is None:
+        if self.profiler is None:
             return
         _recording = False
         self.foreign.__exit__(None, None, None)
         self.modules.remove()
-        profiler.stop()
-        if torch.cuda.is_available() and self.memory:
-            torch.cuda.memory._dump_snapshot(f"{self.path}.memory.pickle")
-            torch.cuda.memory._record_memory_history(enabled=None)
+        with self.apart():
+            profiler, self.profiler = self.profiler, None
+            profiler.stop()
+            if torch.cuda.is_available() and self.memory:
+                torch.cuda.memory._dump_snapshot(f"{self.path}.memory.pickle")
+                torch.cuda.memory._record_memory_history(enabled=None)
+            del profiler
         if self.path.is_file():
             self.finished(self.path, complete)
 
 
 class MemoryTimeline:
-    """Memory of this process over time, sampled by a thread: resident, or what the GPU's allocator holds.
+    """Memory of this process over time (`memory.memory_bytes`), sampled by a thread.
 
     samples: (seconds since `began`, by time.monotonic, the highest bytes since the sample before); at most
-    MOST_SAMPLES of them, in time steps that double where a run is long.
+    MOST_SAMPLES of them, in time steps that double where a run is long. lock: no sample is taken while it is held.
     """
 
     def __init__(self, began: float):
         self.samples: list[tuple[float, int]] = []
         self.began, self.every, self.highest, self.seen = began, 1, 0, 0
-        self.process = psutil.Process()
+        self.lock = threading.Lock()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="fastft-memory", daemon=True)
         self.thread.start()
@@ -202,16 +216,16 @@ class MemoryTimeline:
             self._sample()
 
     def _sample(self) -> None:
-        now = torch.cuda.memory_allocated() if torch.cuda.is_available() else self.process.memory_info().rss
-        self.highest, self.seen = max(self.highest, now), self.seen + 1
-        if self.seen % self.every:
-            return
-        self.samples.append((time.monotonic() - self.began, self.highest))
-        self.highest = 0
-        if len(self.samples) == MOST_SAMPLES:
-            pairs = zip(self.samples[::2], self.samples[1::2], strict=True)
-            self.samples = [(later, max(low, high)) for (_, low), (later, high) in pairs]
-            self.every *= 2
+        with self.lock:
+            self.highest, self.seen = max(self.highest, memory_bytes()), self.seen + 1
+            if self.seen % self.every:
+                return
+            self.samples.append((time.monotonic() - self.began, self.highest))
+            self.highest = 0
+            if len(self.samples) == MOST_SAMPLES:
+                pairs = zip(self.samples[::2], self.samples[1::2], strict=True)
+                self.samples = [(later, max(low, high)) for (_, low), (later, high) in pairs]
+                self.every *= 2
 
     def stop(self) -> list[tuple[float, int]]:
         """End the thread; the samples."""

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 # Higher layers may import lower ones, and modules of their own layer.
 LAYERS = [
-    {"errors", "files", "phases", "tensor_file", "distributed"},
+    {"errors", "files", "memory", "phases", "tensor_file", "distributed"},
     {"config", "ops", "profiling"},
     {"tasks", "models", "data", "peft", "optim"},
     {"methods"},

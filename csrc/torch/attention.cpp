@@ -31,19 +31,20 @@ void check_offsets(const Tensor& x, int64_t sequences, int64_t tokens, const cha
     check(at[0] == 0 && at[sequences] == tokens && std::is_sorted(at, at + sequences + 1), message);
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                     std::optional<Tensor> seqused_k, std::optional<Tensor> prefix_k,
-                                     std::optional<Tensor> prefix_v, double scale, bool is_causal) {
+// What both directions take: AttentionArgs or AttentionBackwardArgs, filled with what is checked here.
+template <class Args>
+Args args_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+             const Tensor& cu_seqlens_k, double scale, bool is_causal) {
     check(q.dim() == 3 && k.dim() == 3, "attention: q and k must be [tokens, heads, head_size]");
-    AttentionArgs args{};
+    check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0,
+          "attention: cu_seqlens_q must be [sequences + 1]");
+    Args args{};
     args.dtype = dtype_of(q);
     args.tokens = q.size(0);
     args.heads = q.size(1);
     args.kv_heads = k.size(1);
     args.head_size = q.size(2);
+    args.sequences = cu_seqlens_q.size(0) - 1;
     check(args.kv_heads > 0 && args.heads % args.kv_heads == 0,
           "attention: heads of k must divide those of q");
     check(args.head_size <= kAttentionHeadSize, "attention: head_size must be at most 256");
@@ -51,9 +52,6 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     check_heads(k, q, args.kv_heads, "attention: k must be [tokens, kv_heads, head_size] like q");
     check_heads(v, q, args.kv_heads, "attention: v must be [tokens, kv_heads, head_size] like q");
     check(v.size(0) == k.size(0), "attention: v must have as many tokens as k");
-    check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0,
-          "attention: cu_seqlens_q must be [sequences + 1]");
-    args.sequences = cu_seqlens_q.size(0) - 1;
     check_offsets(cu_seqlens_q, args.sequences, args.tokens,
                   "attention: cu_seqlens_q must rise from 0 to q's tokens");
     check_offsets(cu_seqlens_k, args.sequences, k.size(0),
@@ -61,6 +59,20 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     args.q = heads_of(q);
     args.k = heads_of(k);
     args.v = heads_of(v);
+    args.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data_ptr());
+    args.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.data_ptr());
+    args.scale = scale;
+    args.causal = is_causal;
+    return args;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                     std::optional<Tensor> seqused_k, std::optional<Tensor> prefix_k,
+                                     std::optional<Tensor> prefix_v, double scale, bool is_causal) {
+    AttentionArgs args = args_of<AttentionArgs>(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, is_causal);
     if (prefix_k && prefix_v) {
         check_heads(*prefix_k, q, args.kv_heads,
                     "attention: prefix_k must be [tokens, kv_heads, head_size] like k");
@@ -72,8 +84,6 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
         args.prefix_v = heads_of(*prefix_v);
         args.prefix_tokens = prefix_k->size(0);
     }
-    args.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data_ptr());
-    args.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.data_ptr());
     if (seqused_k) {
         check_vector(*seqused_k, args.sequences, ScalarType::Int,
                      "attention: seqused_k must be int32 [sequences]");
@@ -84,8 +94,6 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                   "attention: seqused_k must be between 0 and the keys that cu_seqlens_k gives a sequence");
         }
     }
-    args.scale = scale;
-    args.causal = is_causal;
     Tensor out = torch::stable::new_empty(q, {args.tokens, args.heads, args.head_size});
     Tensor lse = torch::stable::new_empty(q, {args.heads, args.tokens}, accumulate_type(args.dtype));
     args.out = out.data_ptr();
@@ -118,40 +126,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
                                                       const Tensor& v, const Tensor& out, const Tensor& lse,
                                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                                       double scale, bool is_causal) {
-    check(q.dim() == 3 && k.dim() == 3 && cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0,
-          "attention_backward: q and k must be [tokens, heads, head_size], cu_seqlens_q [sequences + 1]");
-    AttentionBackwardArgs args{};
-    args.dtype = dtype_of(q);
-    args.tokens = q.size(0);
-    args.heads = q.size(1);
-    args.head_size = q.size(2);
+    AttentionBackwardArgs args =
+        args_of<AttentionBackwardArgs>(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, is_causal);
     args.keys = k.size(0);
-    args.kv_heads = k.size(1);
-    args.sequences = cu_seqlens_q.size(0) - 1;
-    check(args.kv_heads > 0 && args.heads % args.kv_heads == 0 && args.head_size <= kAttentionHeadSize,
-          "attention_backward: heads of k must divide those of q, head_size must be at most 256");
     check_heads(grad, q, args.heads, "attention_backward: grad must be [tokens, heads, head_size] like q");
-    check_heads(q, q, args.heads, "attention_backward: q must have contiguous heads");
-    check_heads(k, q, args.kv_heads, "attention_backward: k must be [keys, kv_heads, head_size] like q");
-    check_heads(v, q, args.kv_heads, "attention_backward: v must be [keys, kv_heads, head_size] like k");
     check_heads(out, q, args.heads, "attention_backward: out must be [tokens, heads, head_size] like q");
-    check(grad.size(0) == args.tokens && out.size(0) == args.tokens && v.size(0) == args.keys,
-          "attention_backward: grad and out must have q's tokens, v those of k");
+    check(grad.size(0) == args.tokens && out.size(0) == args.tokens,
+          "attention_backward: grad and out must have q's tokens");
     check(lse.dim() == 2 && lse.size(0) == args.heads && lse.size(1) == args.tokens && lse.is_contiguous() &&
               lse.scalar_type() == accumulate_type(args.dtype),
           "attention_backward: lse must be [heads, tokens] in the accumulation dtype");
-    check_offsets(cu_seqlens_q, args.sequences, args.tokens, "attention_backward: cu_seqlens_q must fit q");
-    check_offsets(cu_seqlens_k, args.sequences, args.keys, "attention_backward: cu_seqlens_k must fit k");
     args.grad = heads_of(grad);
-    args.q = heads_of(q);
-    args.k = heads_of(k);
-    args.v = heads_of(v);
     args.out = heads_of(out);
     args.lse = lse.data_ptr();
-    args.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data_ptr());
-    args.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.data_ptr());
-    args.scale = scale;
-    args.causal = is_causal;
     Tensor dq = torch::stable::new_empty(q, {args.tokens, args.heads, args.head_size});
     Tensor dk = torch::stable::new_empty(q, {args.keys, args.kv_heads, args.head_size});
     Tensor dv = torch::stable::new_empty(q, {args.keys, args.kv_heads, args.head_size});

@@ -9,6 +9,7 @@ from typing import Any
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from fastft.config import Config
+from fastft.distributed import REDUCE_BUCKET
 from fastft.errors import ConfigError
 from fastft.models.causal import PackedCausalLM
 
@@ -23,9 +24,6 @@ OWNED = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
 }
-
-
-REDUCE_BUCKET = 500_000_000  # DeepSpeed's own, in elements
 
 
 def derive(config: Config, world_size: int, lm: PackedCausalLM) -> dict[str, Any]:

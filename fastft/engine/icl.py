@@ -6,20 +6,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-
 from fastft.config import Config
 from fastft.distributed import Ranks
-from fastft.engine import deepspeed_config
 from fastft.engine.base import load_base
 from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.launch import start
 from fastft.engine.output import begin_results, open_output_dir, write_json
-from fastft.engine.progress import Reporter, peak_memory_bytes
+from fastft.engine.progress import Reporter
 from fastft.engine.stop import StopRequest
 from fastft.engine.summaries import SummaryDemonstrations
-from fastft.engine.trainer import gather_by_layer
+from fastft.engine.trainer import start_engine
 from fastft.engine.watch import watched
+from fastft.memory import peak_memory_bytes
 from fastft.models import loading
 from fastft.models.causal import PackedCausalLM
 from fastft.report import sets_table
@@ -45,7 +43,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
         open_output_dir(config, output_dir, ranks, out)
     base = load_base(config, ranks, out)
     described = base.describe(config, ranks)
-    base.lm, stage = partition(base.lm, config, ranks)
+    base.lm, stage = distribute(base.lm, config, ranks)
     out.line(f"{described}  {stage}")
     loaded = time.monotonic()
 
@@ -91,7 +89,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     return summary
 
 
-def partition(lm: PackedCausalLM, config: Config, ranks: Ranks) -> tuple[PackedCausalLM, str]:
+def distribute(lm: PackedCausalLM, config: Config, ranks: Ranks) -> tuple[PackedCausalLM, str]:
     """The model with its weights dealt out over the ranks (ZeRO-3), and what was done, in words.
 
     Other stages partition nothing that inference has, and neither does stage 3 on one process. With offloading each
@@ -101,6 +99,4 @@ def partition(lm: PackedCausalLM, config: Config, ranks: Ranks) -> tuple[PackedC
         return lm, "layers in host memory"
     if config.deepspeed.zero_stage < 3 or ranks.world_size == 1:
         return lm, "whole model on each process"
-    gather_by_layer(lm)
-    engine, *_ = deepspeed.initialize(model=lm, config=deepspeed_config.derive(config, ranks.world_size, lm))
-    return engine.module.eval(), "ZeRO-3"
+    return start_engine(lm, config, ranks).module.eval(), "ZeRO-3"

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from fastft import __version__
+from fastft import __version__, memory
 from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine import watch
 from fastft.engine.clock import Clock
 from fastft.engine.output import write_json
-from fastft.engine.progress import Reporter, peak_memory_bytes
+from fastft.engine.progress import Reporter
 from fastft.engine.trainer import Trainer
 from fastft.errors import Interrupted
 from fastft.profiling import MemoryTimeline, Range, Recording
@@ -34,6 +34,8 @@ class Profiled:
     """What a run's report says beyond its results; each rank has one.
 
     figures: of each rank, as `report.trace.analyse` returns them; empty until the recorded steps are over.
+    tracing: what writing the trace took of host memory, None until then.
+    peak_memory_bytes: the run's own peak, without that; None until `close`.
     """
 
     def __init__(self, config: Config, folder: Path, clock: Clock, ranks: Ranks, out: Reporter):
@@ -42,6 +44,8 @@ class Profiled:
         self.writing, self.cause_is_known = threading.Lock(), False
         self.figures: list[dict[str, Any]] = []
         self.recording: Recording | None = None
+        self.tracing: memory.Apart | None = None
+        self.peak_memory_bytes: int | None = None
         self.enabled = config.profile.steps > 0
         self.timeline = MemoryTimeline(clock.began) if self.enabled and config.profile.memory else None
 
@@ -59,19 +63,28 @@ class Profiled:
             memory=p.memory,
             finished=self._read,
             ranges=deepspeed_ranges,
+            apart=self._apart,
         )
         return self.recording.step
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Around the profiler's own work: no part of the run's phases, of its peak or of its memory over time."""
+        unseen = self.timeline.lock if self.timeline else nullcontext()
+        with self.clock.measure("trace"), unseen, memory.apart() as self.tracing:
+            yield
 
     def _read(self, path: Path, complete: bool) -> None:
         """Read the trace, and exchange the figures with the other ranks unless the run is failing."""
         own = {}
-        try:
-            own = trace.read(path, self.ranks.rank)
-        except RuntimeError as error:  # costs the report a section, not the run its results
-            self.out.line(f"profile    {error}")
-        if own:
-            own |= {"threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))}
-        self.figures = [f for f in (self.ranks.gather(own) if complete else [own]) if f]
+        with self.clock.measure("trace"):
+            try:
+                own = trace.read(path, self.ranks.rank)
+            except RuntimeError as error:  # costs the report a section, not the run its results
+                self.out.line(f"profile    {error}")
+            if own:
+                own |= {"threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))}
+            self.figures = [f for f in (self.ranks.gather(own) if complete else [own]) if f]
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -82,11 +95,11 @@ class Profiled:
         except BaseException as error:
             state = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             with suppress(Exception):  # of a full disk, say: it must not hide what went wrong
-                self._close()
+                self.close()
             self._report_failure(state, f"{type(error).__name__}: {error}")
             raise
         else:
-            self._close()
+            self.close()
 
     def _report_failure(self, state: str, error: str, *, is_cause: bool = False) -> None:
         """is_cause: the watch says it, in its own thread; what the lost connection raises here is no news then."""
@@ -102,20 +115,20 @@ class Profiled:
             except Exception as problem:
                 self.out.line(f"report     not written: {type(problem).__name__}: {problem}")
 
-    def _close(self) -> None:
-        """End what is still recording or sampling."""
+    def close(self) -> None:
+        """End what is still recording or sampling: what follows is not in the run's peak."""
         if self.recording:
             self.recording.close()
         if self.timeline:
             self.timeline.stop()
+        if self.peak_memory_bytes is None:
+            self.peak_memory_bytes = memory.peak_memory_bytes()
 
     def write(self, state: str, *, step: int, plan: dict[str, Any] | None = None, error: str | None = None) -> None:
         """Write report.json, which report.html shows; for the first rank.
 
         state: complete, stopped or failed, then with the error's first line. step: the last one that was taken.
         """
-        if self.timeline:
-            self.timeline.stop()
         write_json(
             self.folder / "report.json",
             {
@@ -128,9 +141,10 @@ class Profiled:
                 "host": f"{platform.node()}, {len(os.sched_getaffinity(0))} cores",
                 "device": str(self.ranks.device),
                 "processes": self.ranks.world_size,
-                "peak_memory_bytes": peak_memory_bytes(),
+                "peak_memory_bytes": self.peak_memory_bytes or memory.peak_memory_bytes(),
+                "tracing": asdict(self.tracing) if self.tracing else None,
                 "spans": self.clock.spans,
-                "memory": self.timeline.samples if self.timeline else [],
+                "memory": list(self.timeline.samples) if self.timeline else [],
                 "profile": self.figures,
                 "plan": plan,
                 "advice": [asdict(advice) for advice in advise(self.figures, plan, self.config)],

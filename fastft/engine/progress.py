@@ -7,28 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastft.memory import memory_bytes
+
 PLAIN_INTERVAL_S = 10.0
-
-
-def peak_memory_bytes() -> int:
-    """Peak of the GPU's allocator, or of the process's resident memory where there is no GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def memory_bytes() -> int:
-    """GPU memory allocated, or the process's resident memory where there is no GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return psutil.Process().memory_info().rss
 
 
 class Reporter:

@@ -23,7 +23,7 @@ from fastft.engine.launch import start
 from fastft.engine.output import begin_results, check_room, check_tensorboard, open_output_dir, write_json
 from fastft.engine.planned import compare_with_plan
 from fastft.engine.profiled import Profiled
-from fastft.engine.progress import Reporter, peak_memory_bytes
+from fastft.engine.progress import Reporter
 from fastft.engine.stop import StopRequest
 from fastft.engine.summaries import SummaryDemonstrations, SummaryLabelled
 from fastft.engine.teach import teach
@@ -164,7 +164,8 @@ def _run(
     if ranks.is_first:
         clock.seconds["total"] = time.monotonic() - clock.began
         summary["seconds"] = {k: round(v, 3) for k, v in clock.seconds.items()}
-        summary["peak_memory_bytes"] = peak_memory_bytes()
+        profiled.close()
+        summary["peak_memory_bytes"] = profiled.peak_memory_bytes
         summary["trained_parameters"] = number
         summary["plan"] = compare_with_plan(config, base, prepared, summary, ranks, num_labels, out)
         profiled.write("complete", step=summary["steps"], plan=summary["plan"])

@@ -14,13 +14,11 @@ from torch import nn
 
 from fastft.config import Config
 from fastft.data.sequences import Batch
-from fastft.distributed import Ranks
+from fastft.distributed import GATHER_BYTES, Ranks
 from fastft.engine import deepspeed_config
 from fastft.models.causal import PackedCausalLM
 from fastft.optim import LR_SCALE, build_optimizer, learning_rate
 from fastft.profiling import phase
-
-GATHER_BYTES = 2**26  # of whole parameters that ZeRO-3 brings to every rank at a time
 
 LossFn = Callable[[list[int]], torch.Tensor]  # example indices -> loss summed over their target positions
 
@@ -38,13 +36,8 @@ class Trainer:
 
     def __init__(self, lm: PackedCausalLM, trained: dict[str, nn.Parameter], config: Config, ranks: Ranks):
         self.config, self.ranks, self.trained = config, ranks, trained
-        derived = deepspeed_config.derive(config, ranks.world_size, lm)
-        optimizer = build_optimizer(trained, config.train, config.peft)
-        with one_thread():
-            if config.deepspeed.zero_stage == 3:
-                gather_by_layer(lm)
-                partition_parameters(lm, derived, getattr(torch, config.model.dtype), ranks.device)
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=derived)
+        self.engine = start_engine(lm, config, ranks, build_optimizer(trained, config.train, config.peft))
+        self.optimizer = self.engine.optimizer
         self.lm: PackedCausalLM = self.engine.module
 
     def step(self, number: int, micro_batches: list[Batch], loss_fn: LossFn, stop: bool) -> StepResult:
@@ -113,6 +106,18 @@ class Trainer:
             name: {"dtype": str(p.dtype).removeprefix("torch."), "shape": list(getattr(p, "ds_shape", p.shape))}
             for name, p in self.trained.items()
         }
+
+
+def start_engine(
+    lm: PackedCausalLM, config: Config, ranks: Ranks, optimizer: torch.optim.Optimizer | None = None
+) -> deepspeed.DeepSpeedEngine:
+    """The model under DeepSpeed, dealt out over the ranks where ZeRO-3 does so; without an optimizer, to infer."""
+    derived = deepspeed_config.derive(config, ranks.world_size, lm)
+    with one_thread():
+        if config.deepspeed.zero_stage == 3:
+            gather_by_layer(lm)
+            partition_parameters(lm, derived, getattr(torch, config.model.dtype), ranks.device)
+        return deepspeed.initialize(model=lm, optimizer=optimizer, config=derived)[0]
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from fastft.engine.base import Base, Prepared
 from fastft.engine.checkpoints import Checkpoint, Checkpoints, list_checkpoints
 from fastft.engine.objective import Objective
 from fastft.engine.output import Metrics
-from fastft.engine.progress import Phase, Reporter, peak_memory_bytes
+from fastft.engine.progress import Phase, Reporter
 from fastft.engine.stop import StopRequest
 from fastft.engine.trainer import NonFiniteStep, StepResult, Trainer
 from fastft.errors import Interrupted, NonFiniteLossError
+from fastft.memory import peak_memory_bytes
 from fastft.methods.online import sample_completions
 from fastft.ops import raise_deferred_errors
 

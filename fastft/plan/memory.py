@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from fastft.config import Config
+from fastft.distributed import GATHER_BYTES, REDUCE_BUCKET
 from fastft.ops.frozen_weight import TILE_BYTES
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import MIB, Device
@@ -142,7 +143,7 @@ class Memory:
         else:
             held["gradients"] += share * b
         if d.zero_stage:
-            device["communication"] += min(n, BUCKET) * b
+            device["communication"] += min(n, REDUCE_BUCKET) * b
         if self.ranks > 1 and self.device.is_cpu:
             device["communication"] += SHARED_MEMORY
         return device, host, 4 * share if has_master else 0
@@ -160,7 +161,7 @@ class Memory:
             trace = {**trace, ACTIVATIONS: trace[ACTIVATIONS] - max(0, layers - 2) * hidden}  # two are on the device
         # What was trained is copied to the first rank's host memory at the end, under ZeRO-3 out of gathered groups.
         copied = self.counts.trained * self.itemsize
-        gathered = min(copied, GATHERED) if self.config.deepspeed.zero_stage == 3 else 0
+        gathered = min(copied, GATHER_BYTES) if self.config.deepspeed.zero_stage == 3 else 0
         moments = {
             "pass": sum(trace.values()),
             "step": step,
@@ -261,9 +262,7 @@ class Memory:
         return positions * (self.counts.hidden * self.itemsize if d.targets == "hidden" else d.top_k * 8)
 
 
-GATHERED = 2**26  # trained parameters that are copied at a time, engine.trainer.GATHER_BYTES
 SHARED_MEMORY = 66 * 2**20  # DeepSpeed's buffers for all-reduce between processes on one CPU
-BUCKET = 5 * 10**8  # elements of its bucket for gradients, at most
 
 
 def offloaded_layers(config: Config, counts: Counts) -> int:

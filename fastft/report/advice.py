@@ -114,7 +114,7 @@ def copies(f: Findings) -> Iterator[Advice]:
     largest, seconds = found[0], sum(copy["seconds"] for copy in found)
     yield Advice(
         "copies",
-        f"Avoid the large copies: most time goes to {largest['name']} of {shape(largest['shape'])} {where(largest)}",
+        f"Avoid the large copies: most time goes to {largest['name']}{of(largest['shape'])} {where(largest)}",
         f"copies that take {percent(SMALLEST)} of a step and more sum up to {ms(seconds)}; this one is "
         f"{ms(largest['seconds'])} in {largest['calls']:,.0f} calls",
         seconds,
@@ -284,11 +284,14 @@ def where(found: dict[str, Any]) -> str:
     return f"in {found['phase']}{block}"
 
 
-def shape(dims: list[int]) -> str:
-    return f"[{', '.join(map(str, dims))}]"
+def of(shape: list[int]) -> str:
+    return f" of [{', '.join(map(str, shape))}]" if shape else ""
 
 
 def ms(seconds: float) -> str:
+    """Seconds as people read them."""
+    if 0 < seconds < 1e-4:
+        return f"{1e6 * seconds:,.3g} µs"
     return f"{1000 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
 
 

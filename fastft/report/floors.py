@@ -2,9 +2,10 @@
 
     floor = max(operations / rate, bytes / bandwidth)
 
-Bytes: every input read once, every output written once. A kernel that streams a weight in several chunks, or reads a
-row twice, is above that, and so is whatever finds its inputs in a cache below it: a small product can be quicker than
-its floor.
+Operations: each addition, product, comparison, division, root and exponential that the operator's formula needs is one,
+so a fused multiply-add is two. Bytes: every input read once, every output written once. A kernel that streams a weight
+in several chunks, or reads a row twice, is above that, and so is whatever finds its inputs in a cache below it: a small
+product can be quicker than its floor.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class Inputs:
     scalars: list[str]
 
     def numel(self, i: int) -> int:
-        return math.prod(self.shapes[i]) if self.shapes[i] else 0
+        """Elements of a tensor, or of all tensors in a list; 0 of what is no tensor."""
+        shape = self.shapes[i]
+        if shape and isinstance(shape[0], list):
+            return sum(map(math.prod, shape))
+        return math.prod(shape) if shape else 0
 
     def itemsize(self, i: int) -> int:
         return ITEMSIZE.get(self.types[i], 4)
@@ -89,21 +94,95 @@ def _head(products: int, weight: int, gradients: tuple[int, int]) -> Callable[[I
     return count
 
 
+def _least_pairs(queries: int, keys: int, sequences: int, is_causal: bool) -> float:
+    """The fewest (query, own key) pairs of ragged sequences whose lengths add up to these.
+
+    Causal: n queries that stand at the last n of m keys see n m - n (n - 1) / 2 of them. With m >= n >= 1 the sum over
+    sequences is least where the n are equal, for the sum of n (n + 1) / 2 is convex, and where the keys in front of the
+    queries belong to sequences with one query. Otherwise n m, least where all but one query and all but one key are
+    alone.
+    """
+    if not (queries and keys and sequences):
+        return 0.0
+    if is_causal:
+        return queries * (queries / sequences + 1) / 2 + max(0, keys - queries)
+    return max(queries * keys if sequences == 1 else queries + keys - sequences, 0)
+
+
 def _attention(inputs: Inputs) -> Count:
-    """q, k, v and the output; the products depend on lengths that are not in a trace."""
-    return 0.0, 2 * inputs.nbytes(0) + inputs.nbytes(1, 2)
+    """q [T, H, D]; k, v [S, G, D]; cu_seqlens_q [B + 1]; seqused_k [B]; prefix_k, prefix_v [C, G, D] -> out, lse.
+
+    Two products of D for each pair and query head: 4 H D operations. Every query sees the whole prefix; how long each
+    sequence is, or how much of its cache is in use, is not in a trace: the least that the totals allow is counted.
+    """
+    tokens, heads, width = inputs.shapes[0]
+    keys, kv_heads, _ = inputs.shapes[1]
+    if inputs.shapes[5]:
+        keys = tokens
+    prefix = inputs.shapes[6][0] if inputs.shapes[6] else 0
+    pairs = _least_pairs(tokens, keys, inputs.shapes[3][0] - 1, inputs.is_true(9)) + tokens * prefix
+    rows = 2 * tokens * heads + 2 * (keys + prefix) * kv_heads  # q and out, k and v
+    lse = tokens * heads * max(inputs.itemsize(0), 4)
+    return 4.0 * heads * width * pairs, rows * width * inputs.itemsize(0) + lse
 
 
 def _attention_backward(inputs: Inputs) -> Count:
-    """Reads grad, q, k, v, out, and writes dq, dk, dv."""
-    return 0.0, inputs.nbytes(0, 1, 2, 3, 4) + inputs.nbytes(1, 2, 3)
+    """Reads grad, q, k, v, out and lse, writes dq, dk and dv: scores again, and four products for the gradients."""
+    tokens, heads, width = inputs.shapes[1]
+    pairs = _least_pairs(tokens, inputs.shapes[2][0], inputs.shapes[6][0] - 1, inputs.is_true(9))
+    return 10.0 * heads * width * pairs, inputs.nbytes(0, 1, 2, 3, 4, 5) + inputs.nbytes(1, 2, 3)
 
 
-def _rows(inputs: Inputs) -> Count:
-    """A loss over rows of logits, of which the first take the gradient in place."""
-    return 0.0, 2 * inputs.nbytes(0) + (inputs.nbytes(1) if inputs.shapes[1] == inputs.shapes[0] else 0)
+def _elements(
+    operations: int, reads: tuple[int, ...], writes: tuple[int, ...] = (), *, of: int = 0
+) -> Callable[[Inputs], Count]:
+    """`operations` for each element of the input `of`; writes: the inputs that have the outputs' sizes."""
+    return lambda inputs: (operations * inputs.numel(of), inputs.nbytes(*reads, *writes))
 
 
+# Operations for each logit.
+SOFTMAX = 5  # maximum, difference, temperature, exponential, sum
+KL = 2 * SOFTMAX + 3  # of both; a difference, and its product into a sum
+KL_GRADIENT = 3  # both probabilities, and their difference
+ADAMW = 14  # 3 and 4 for the moments, a root, 4 for the step, 2 for the parameter
+QUANTISE = 7  # size, maximum, division; four comparisons find the nearest of 16 codes
+
+
+def _loss_rows(operations: int, gradient: int, reads: tuple[int, ...], is_asked: int) -> Callable[[Inputs], Count]:
+    """A loss over rows of logits, the first input, which takes the gradient in its place where that is asked for."""
+
+    def count(inputs: Inputs) -> Count:
+        asked = inputs.is_true(is_asked)
+        return (operations + gradient * asked) * inputs.numel(0), inputs.nbytes(*reads) + asked * inputs.nbytes(0)
+
+    return count
+
+
+def _relu(inputs: Inputs) -> Count:
+    """x -> y, and a bit an element."""
+    return inputs.numel(0), 2 * inputs.nbytes(0) + -(-inputs.numel(0) // 8)
+
+
+def _dequantise_4bit(inputs: Inputs) -> Count:
+    """A tile of a packed weight, half a byte an element with a scale for each block of them."""
+    count, block = inputs.numel(9), int(inputs.scalars[6])
+    return count, count / 2 + count / block * inputs.itemsize(2) + inputs.nbytes(9)
+
+
+def _bias_adamw(inputs: Inputs) -> Count:
+    """Lists of parameters and gradients; moments, 8-bit or not; scales; master weights.
+
+    A trace does not have the dtype of tensors in lists. It is the moments', or 16 bits where they have masters: the
+    engine's parameters are DeepSpeed's own masters otherwise.
+    """
+    count, master = inputs.numel(0), bool(inputs.shapes[5])
+    accumulated = inputs.itemsize(6) if inputs.types[6] == "double" else 4
+    parameter = 2 if master else accumulated
+    state = inputs.itemsize(2) + inputs.itemsize(3) + accumulated * master
+    return ADAMW * count, count * (3 * parameter + 2 * state) + 2 * inputs.nbytes(4)
+
+
+# All compiled operators but row_reduce and index_check: those look at one number a row, no more than a call takes.
 COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "aten::mm": lambda inputs: _product(inputs, 0, 1),
     "aten::addmm": lambda inputs: _product(inputs, 1, 2),
@@ -114,11 +193,19 @@ COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "fastft::linear_log_softmax_kl": _head(2, weight=2, gradients=(10, 11)),
     "fastft::linear_topk_kl": _head(1, weight=1, gradients=(11, 12)),
     "fastft::linear_cross_entropy": _head(1, weight=1, gradients=(7, 8)),
-    "fastft::log_softmax_kl_rows": _rows,
-    "fastft::topk_kl_rows": _rows,
-    "fastft::cross_entropy_rows": _rows,
+    "fastft::log_softmax_kl": _elements(KL, (0, 1)),
+    "fastft::log_softmax_kl_backward": _elements(2 * (SOFTMAX - 2) + KL_GRADIENT, (1, 2), (1,), of=1),
+    "fastft::log_softmax_kl_rows": _loss_rows(KL, KL_GRADIENT, (0, 1), is_asked=7),
+    "fastft::topk_kl_rows": _loss_rows(SOFTMAX, 1, (0, 1, 2), is_asked=9),
+    "fastft::cross_entropy_rows": _loss_rows(SOFTMAX - 1, 1, (0, 1), is_asked=4),
     "fastft::attention": _attention,
     "fastft::attention_backward": _attention_backward,
+    "fastft::relu": _relu,
+    "fastft::relu_backward": _elements(1, (0, 1), (0,)),
+    "fastft::quantise_4bit": _elements(QUANTISE, (0,), (3, 4)),
+    "fastft::dequantise_4bit": _dequantise_4bit,
+    "fastft::dequantise_8bit": _elements(1, (0, 1), (2,)),
+    "fastft::bias_adamw": _bias_adamw,
 }
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from fastft.config import Config
+from fastft.files import write_bytes
 from fastft.report import profile
 from fastft.report.curves import Run, curves, read_metrics
 from fastft.report.page import bars, page, table, text
-from fastft.report.plot import Level, as_file, line_plot
 from fastft.report.table import before_after_rows, group_rows, number, sets_rows, sets_title
 
 METHODS = {
@@ -89,15 +90,30 @@ def _distillation(folder: Path, summary: dict[str, Any], metrics: list[dict[str,
         "learned, and not how answers look.</p>",
     ]
     if rows:
-        plot = nll_plot(summary, metrics)
-        (folder / "nll.svg").write_text(as_file(plot), encoding="utf-8")
-        parts += ["<h2>Unseen questions</h2>", f"<figure class=wide>{plot}</figure>"]
+        parts += ["<h2>Unseen questions</h2>", _nll(folder, summary, metrics)]
         if not any("evaluated_nll" in m for m in metrics):
             parts.append(
                 "<p>Measured before and after training only; <code>train.eval_every=5</code> measures every fifth step "
                 "too.</p>"
             )
     return parts
+
+
+def _nll(folder: Path, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """NLL of the unseen questions against steps, between what the base says without and with the context."""
+    from fastft.report import plots  # matplotlib: not before it is needed
+
+    between = [(m["step"], m["evaluated_nll"]) for m in metrics if "evaluated_nll" in m]
+    figure = plots.nll(
+        [(0, summary["nll_no_context"]), *between, (summary["steps"], summary["nll_student"])],
+        [
+            plots.Level(summary["nll_no_context"], "no context", plots.GREY),
+            plots.Level(summary["nll_teacher"], "in context", plots.GREEN),
+        ],
+        is_measured_between=bool(between),
+    )
+    write_bytes(folder / "nll.svg", plots.as_file(figure))
+    return plots.shown(figure, "NLL of the gold answers over the optimizer steps.")
 
 
 def _write_page(folder: Path, config: Config, parts: list[str], summary: dict[str, Any] | None = None) -> Path:
@@ -116,12 +132,14 @@ def _write_page(folder: Path, config: Config, parts: list[str], summary: dict[st
 
 def _phases(report: dict[str, Any]) -> list[str]:
     """The run's own phases, and what it ran on."""
-    spans = report["spans"]
-    rows = [(name, end - begin, []) for name, begin, end in spans]
-    whole = max((end for *_, end in spans), default=0.0)
+    seconds = Counter()
+    for name, begin, end in report["spans"]:
+        seconds[name] += end - begin
+    whole = max((end for *_, end in report["spans"]), default=0.0)
+    phases = [(name, own, []) for name, own in seconds.items()]
     processes = f"{report['processes']} process{'es' if report['processes'] > 1 else ''}"
     facts = f"{report['host']}; {processes} on {report['device']}; fastft {report['fastft']}, torch {report['torch']}"
-    return ["<h2>The run</h2>", f"<p>{text(facts)}.</p>", bars(["phase"], rows, whole, lambda s: f"{s:.1f} s")]
+    return ["<h2>The run</h2>", f"<p>{text(facts)}.</p>", bars(["phase"], phases, whole, lambda s: f"{s:.1f} s")]
 
 
 def _configuration(config: Config) -> list[str]:
@@ -142,21 +160,3 @@ def write_unfinished_report(folder: Path, config: Config) -> Path:
         f"{text(report['error'])}</p>"
     )
     return _write_page(folder, config, [title, state])
-
-
-def nll_plot(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
-    """NLL of the unseen questions against steps, between what the base says without and with the context."""
-    between = [(m["step"], m["evaluated_nll"]) for m in metrics if "evaluated_nll" in m]
-    points = [(0, summary["nll_no_context"]), *between, (summary["steps"], summary["nll_student"])]
-    return line_plot(
-        points,
-        x_label="optimizer steps",
-        y_label="NLL, nats per answer token",
-        name="trained",
-        levels=(
-            Level(summary["nll_no_context"], "no context", "#8a8f98"),
-            Level(summary["nll_teacher"], "in context", "#1f9d67"),
-        ),
-        markers=True,
-        dashed=not between,
-    )

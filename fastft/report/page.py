@@ -23,6 +23,7 @@ table.bars td.bar i{display:block;height:.8em;min-width:1px;background:var(--bar
 .stack i{min-width:1px}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.88em;margin:0 0 1rem;padding:0;list-style:none}
 .legend i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.35em;vertical-align:-.05em}
+.legend b{display:inline-block;width:1em;margin-right:.25em;text-align:center;font-weight:400}
 .advice li{margin:.5rem 0}
 .gain{white-space:nowrap;font-variant-numeric:tabular-nums}
 .note,figcaption{font-size:.9em;opacity:.8}
@@ -31,7 +32,6 @@ table.bars td.bar i{display:block;height:.8em;min-width:1px;background:var(--bar
 .plots figure{margin:1rem 0}
 svg{width:100%;height:auto}
 figure{margin:1.5rem 0;overflow-x:auto}
-figure.wide svg{min-width:34rem}
 pre{background:var(--soft);padding:1rem;overflow-x:auto;border-radius:6px;overflow-wrap:normal}
 summary{cursor:pointer}
 @media(max-width:34rem){
@@ -98,8 +98,13 @@ def stacked(parts: list[tuple[str, float]], shown: Callable[[float], str]) -> st
         f'<i style="width:{100 * value / whole:.2f}%;background:{color}" title="{text(name)}: {shown(value)}"></i>'
         for name, value, color in colored
     )
-    legend = "".join(
-        f'<li><i style="background:{color}"></i>{text(name)} {100 * value / whole:.0f} %</li>'
-        for name, value, color in colored
-    )
-    return f"<div class=stack>{blocks}</div><ul class=legend>{legend}</ul>"
+    names = [(color, f"{name} {100 * value / whole:.0f} %") for name, value, color in colored]
+    return f"<div class=stack>{blocks}</div>{legend(names)}"
+
+
+def legend(items: list[tuple[str, str]], marks: list[str] | None = None) -> str:
+    """Names with the colours that stand for them, as squares or as marks; they wrap where the screen is narrow."""
+    shown = [f'<b style="color:{c}">{m}</b>' for (c, _), m in zip(items, marks, strict=True)] if marks else []
+    shown = shown or [f'<i style="background:{color}"></i>' for color, _ in items]
+    lines = "".join(f"<li>{mark}{text(name)}</li>" for mark, (_, name) in zip(shown, items, strict=True))
+    return f"<ul class=legend>{lines}</ul>"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -10,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastft.report.figures import COLORS, INK, MARKERS, STYLE, inline
-from fastft.report.page import text
+from fastft.report import page
+from fastft.report.figures import COLORS, INK, MARKERS, STYLE, inline, rendered
 
 GIB, MIB = 2**30, 2**20
-WIDE, SMALL = (5.4, 2.3), (3.4, 2.0)  # inches
+WIDE, SMALL = (4.4, 2.1), (3.4, 2.0)  # inches
+SMALLEST = 0.8  # of its size, to which a plot shrinks on a narrow screen: with this a telephone has room for WIDE
 SCREEN = {
     **STYLE,
     "svg.fonttype": "none",  # text stays text: smaller, and it can be searched
@@ -24,21 +29,75 @@ SCREEN = {
     "axes.labelsize": 9,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
-    "legend.fontsize": 8,
 }
-BLUE, ORANGE = "#2a6fdb", "#D55E00"
+BLUE, GREY, GREEN = "#2a6fdb", "#8a8f98", "#1f9d67"
+GLYPHS = dict(zip(MARKERS, "●■▲◆▼✚✖", strict=True))
+GAP_SECONDS = 1.0  # without a sample of memory
+
+
+def drawn(size: tuple[float, float], draw: Callable[[Axes], None]) -> Figure:
+    """A figure with one panel."""
+    with matplotlib.rc_context(SCREEN):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        return figure
 
 
 def plot(size: tuple[float, float], caption: str, draw: Callable[[Axes], None], *, captioned: bool = True) -> str:
     """A figure with one panel as an HTML figure; captioned: below it too, not only for who cannot see it."""
+    return shown(drawn(size, draw), caption, captioned=captioned)
+
+
+def shown(figure: Figure, caption: str, *, captioned: bool = True) -> str:
     with matplotlib.rc_context(SCREEN):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.subplots())
-        return inline(figure, caption, style=SCREEN, smallest=0.6, captioned=captioned)
+        return inline(figure, caption, style=SCREEN, smallest=SMALLEST, captioned=captioned)
+
+
+def as_file(figure: Figure) -> bytes:
+    """A figure as an SVG file of its own: dark on white."""
+    return rendered(figure, "svg", style=SCREEN)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line, named at its right."""
+
+    y: float
+    name: str
+    color: str
+
+
+def nll(points: list[tuple[float, float]], levels: list[Level], *, is_measured_between: bool) -> Figure:
+    """What is trained against the optimizer steps, between levels; dashed where nothing was measured between."""
+
+    def draw(ax: Axes) -> None:
+        for level in levels:
+            ax.axhline(level.y, color=level.color, linewidth=1.2, linestyle=(0, (1.5, 2.5)))
+        dashes = "-" if is_measured_between else (0, (5, 3))
+        ax.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=3.5, linestyle=dashes, gid="trained")
+        low, high = ax.get_ylim()
+        names = [(level.y, f"{level.name} {level.y:.2f}") for level in levels]
+        names.append((points[-1][1], f"trained {points[-1][1]:.2f}"))
+        for y, name in apart(names, gap=0.08 * (high - low)):
+            ax.annotate(name, (1, y), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8)
+        ax.set(ylim=(low, high), xlabel="optimizer steps", ylabel="NLL, nats per token")
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+    return drawn(WIDE, draw)
+
+
+def apart(names: list[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
+    """The same names, moved up where two would stand less than `gap` apart."""
+    placed: list[tuple[float, str]] = []
+    for y, value in sorted(names):
+        placed.append((max(y, placed[-1][0] + gap) if placed else y, value))
+    return placed
 
 
 def roofline(points: list[tuple[str, float, float]], device: dict[str, Any]) -> str:
     """Calls as (operator, operations per byte, operations/s) under the roof of a device."""
+    names = list(dict.fromkeys(name for name, *_ in points))
+    looks = [(COLORS[1:][i % (len(COLORS) - 1)], MARKERS[i % len(MARKERS)]) for i in range(len(names))]
 
     def draw(ax: Axes) -> None:
         intensities = [x for _, x, _ in points]
@@ -46,35 +105,48 @@ def roofline(points: list[tuple[str, float, float]], device: dict[str, Any]) -> 
         ends = min(*intensities, knee) / 2, max(*intensities, knee) * 2
         roof = [min(device["flops"], x * device["bandwidth"]) for x in (ends[0], knee, ends[1])]
         ax.plot((ends[0], knee, ends[1]), roof, color=INK, linewidth=1)
-        for i, name in enumerate(dict.fromkeys(name for name, *_ in points)):
+        for name, (color, marker) in zip(names, looks, strict=True):
             own = [(x, y) for other, x, y in points if other == name]
-            look = {"color": COLORS[1:][i % (len(COLORS) - 1)], "marker": MARKERS[i % len(MARKERS)]}
-            ax.plot(*zip(*own, strict=True), linestyle="none", markersize=5, label=name, **look)
+            ax.plot(*zip(*own, strict=True), linestyle="none", markersize=5, color=color, marker=marker)
         lowest = min(*(y for *_, y in points), device["flops"] / 100)
         ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations/s")
         ax.set_ylim(lowest / 1.5, device["flops"] * 3)
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        said = f"{device['flops'] / 1e12:,.3g} TFLOP/s, {device['bandwidth'] / 1e9:,.3g} GB/s"
+        ax.annotate(said, (ends[1], device["flops"]), (0, 3), textcoords="offset points", ha="right", fontsize=8)
 
     caption = "Calls under the roof of the device: left of the knee bytes bound them, right of it operations."
-    return plot((5.9, 2.7), caption, draw)
+    below = [(color, name) for name, (color, _) in zip(names, looks, strict=True)]
+    return plot((4.4, 2.5), caption, draw) + page.legend(below, [GLYPHS[marker] for _, marker in looks])
 
 
 def memory_over_time(samples: list[tuple[float, int]], spans: list[tuple[str, float, float]], what: str) -> str:
-    """The whole run, with its phases."""
+    """The whole run, with its phases as a strip of colours above it; where nothing was sampled, nothing is drawn."""
+    names = dict.fromkeys(name for name, *_ in spans)
+    colors = {name: page.COLORS[i % len(page.COLORS)] for i, name in enumerate(names)}
 
     def draw(ax: Axes) -> None:
-        x, y = zip(*((t, n / GIB) for t, n in samples), strict=True)
+        x, y = zip(*((t, n / GIB) for t, n in _with_gaps(samples)), strict=True)
         ax.fill_between(x, y, color=BLUE, alpha=0.25, linewidth=0)
         ax.plot(x, y, color=BLUE, linewidth=1)
-        highest = max(y)
-        ax.set(xlim=(0, x[-1]), ylim=(0, 1.22 * highest), xlabel="seconds", ylabel="GiB")
-        for i, (name, begin, end) in enumerate(spans):
-            if i % 2:
-                ax.axvspan(begin, end, color="#888888", alpha=0.1, linewidth=0)
-            if end - begin > 0.075 * x[-1]:
-                ax.text((begin + end) / 2, 1.2 * highest, name, ha="center", va="top", fontsize=7.5, color=INK)
+        highest = max(n for _, n in samples) / GIB
+        ax.set(xlim=(0, x[-1]), ylim=(0, 1.15 * highest), xlabel="seconds", ylabel="GiB")
+        for name, begin, end in spans:
+            ax.axvspan(begin, end, 0.94, 1, color=colors[name], linewidth=0)
+            ax.axvspan(begin, end, 0, 0.94, color=colors[name], alpha=0.07, linewidth=0)
 
-    return plot((6.6, 2.4), f"Memory {what}, over the run and its phases.", draw)
+    figure = plot(WIDE, f"Memory {what}, over the run and its phases.", draw)
+    return figure + page.legend([(color, name) for name, color in colors.items()])
+
+
+def _with_gaps(samples: list[tuple[float, int]]) -> list[tuple[float, float]]:
+    """The samples, with a NaN where the next one comes much later than they do otherwise."""
+    usual = statistics.median([b - a for (a, _), (b, _) in pairwise(samples)] or [0.0])
+    found: list[tuple[float, float]] = []
+    for (moment, nbytes), (later, _) in pairwise([*samples, samples[-1]]):
+        found.append((moment, nbytes))
+        if later - moment > max(GAP_SECONDS, 10 * usual):
+            found.append((moment, math.nan))
+    return found
 
 
 def memory_in_steps(timeline: list[tuple[float, int]]) -> str:
@@ -115,6 +187,4 @@ def run_color(order: list[str], name: str) -> str:
 
 def legend(order: list[str]) -> str:
     """The names of runs in their colours, as HTML."""
-    colors = [run_color(order, name).replace(INK, "currentColor") for name in order]
-    items = zip(colors, order, strict=True)
-    return f"<ul class=legend>{''.join(f'<li><i style=background:{c}></i>{text(name)}</li>' for c, name in items)}</ul>"
+    return page.legend([(run_color(order, name).replace(INK, "currentColor"), name) for name in order])

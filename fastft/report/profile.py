@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -140,18 +141,23 @@ def _kernels(figures: dict[str, Any], plan: dict[str, Any] | None) -> list[str]:
     device = (plan or {}).get("device")
     if not device or not figures["calls"]:
         return []
-    rows = [
-        [k["name"], f"{k['calls']:,.0f}", ms(k["seconds"]), ms(k["floor_s"]), percent(k["floor_s"] / k["seconds"])]
-        for k in kernels(figures["calls"], device)
-    ]
+    rows = []
+    for k in kernels(figures["calls"], device):
+        share = percent(k["floor_s"] / k["seconds"])
+        rows.append([_breakable(k["name"]), f"{k['calls']:,.0f}", ms(k["seconds"]), ms(k["floor_s"]), share])
     return [
         "<h3>Kernels against their floors</h3>",
         _roofline(figures["calls"], device),
         table(["operator", "calls a step", "time", "floor", "floor / time"], rows),
         f"<p class=note>Floor: counted operations at {device['flops'] / 1e12:,.3g} TFLOP/s, or bytes at "
-        f"{device['bandwidth'] / 1e9:,.4g} GB/s, whichever takes longer; for attention, whose products depend on "
-        "lengths that the trace does not have, the bytes alone. A call's time holds the operators that it calls.</p>",
+        f"{device['bandwidth'] / 1e9:,.4g} GB/s, whichever takes longer; for attention, the least that sequences of "
+        "these many tokens in all can need. A call's time holds the operators that it calls.</p>",
     ]
+
+
+def _breakable(name: str) -> str:
+    """An operator's name that a narrow screen breaks between its parts."""
+    return re.sub(r"(::|_)(?=\w)", "\\1\u200b", name)
 
 
 def _roofline(calls: list[dict[str, Any]], device: dict[str, Any]) -> str:
@@ -175,7 +181,7 @@ def _memory(report: dict[str, Any]) -> list[str]:
     parts = [
         "<h2 id=memory>Memory</h2>",
         f"<p>At most {highest / GIB:.2f} GiB {what}, {moment:.1f} s into the run, in <b>{text(phase)}</b>"
-        f"{_planned_peak(report['plan'])}.</p>",
+        f"{_planned_peak(report['plan'])}.{_tracing(report['tracing'])}</p>",
         memory_over_time(samples, report["spans"], what),
     ]
     first = report["profile"][0] if report["profile"] else {}
@@ -193,6 +199,15 @@ def _memory(report: dict[str, Any]) -> list[str]:
 
 def _planned_peak(plan: dict[str, Any] | None) -> str:
     return f"; {plan['planned_peak_bytes'] / GIB:.2f} GiB planned" if plan and "planned_peak_bytes" in plan else ""
+
+
+def _tracing(tracing: dict[str, Any] | None) -> str:
+    if tracing is None:
+        return ""
+    took = f" Writing the trace took the process to {tracing['peak_bytes'] / GIB:.2f} GiB of host memory, "
+    if tracing["is_excluded"]:
+        return took + "which is neither in this peak nor in the plot."
+    return took + "which the measured peak holds: this system's record of it cannot be reset. The plot is without."
 
 
 def _held(memory: dict[str, Any]) -> list[str]:

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import bisect
 import functools
+import gc
 import gzip
+import itertools
 import json
+import math
 import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,8 +103,8 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path) -> Trace:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            return cls.parse(json.load(file)["traceEvents"])
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            return cls.parse(json.loads(file.read())["traceEvents"])
 
     @classmethod
     def parse(cls, records: Iterable[dict[str, Any]]) -> Trace:
@@ -358,8 +361,9 @@ def _copies(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
     found: dict[Any, Counter] = defaultdict(Counter)
     for event in trace.threads[main]:
         if event.is_operator and event.context != OUTSIDE and kind_of(event.name) == "copies":
-            dims = next((tuple(d) for d in event.args.get("Input Dims", []) if d and isinstance(d[0], int)), ())
-            found[event.name, dims, event.context] += Counter({"calls": 1, "seconds": event.seconds_self})
+            found[event.name, _shape(event.args.get("Input Dims", [])), event.context] += Counter(
+                {"calls": 1, "seconds": event.seconds_self}
+            )
     rows = [
         {
             "name": name,
@@ -372,6 +376,14 @@ def _copies(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
         for (name, dims, context), own in found.items()
     ]
     return sorted(rows, key=lambda row: -row["seconds"])[:MOST_COPIES]
+
+
+def _shape(inputs: list[Any]) -> tuple[int, ...]:
+    """The shape of an operator's first tensor, of a list's largest one; () where it has none, or has one number."""
+    for dims in inputs:
+        if dims:
+            return tuple(max(dims, key=math.prod) if isinstance(dims[0], list) else dims)
+    return ()
 
 
 def _operators(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
@@ -397,20 +409,21 @@ def _operators(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
 
 
 def _calls(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
-    """Calls whose floor can be counted (`report.floors`), by their inputs, and whole seconds of a call."""
-    durations: dict[Any, float] = Counter()
-    for event in trace.device:
-        durations[event.args.get("External id")] += event.end - event.start
+    """Calls whose floor can be counted (`report.floors`), by their inputs, and whole seconds of a call.
+
+    Whole: with the operators that it calls; on a GPU of all kernels that these launched.
+    """
     found: dict[tuple, list[float]] = defaultdict(list)
     for thread, events in trace.threads.items():
         if thread != main and not trace.device:
             continue
+        seconds_of = _kernel_seconds(trace, events) if trace.device else lambda event: event.end - event.start
         for event in events:
             if event.context == OUTSIDE or not event.is_operator or not is_counted(event.name):
                 continue
             shapes, types, scalars = (event.args.get(k, []) for k in ("Input Dims", "Input type", "Concrete Inputs"))
-            own = durations[event.args["External id"]] if trace.device else event.end - event.start
-            found[event.name, json.dumps(shapes), json.dumps(types), json.dumps(scalars)].append(own)
+            if seconds := seconds_of(event):
+                found[event.name, json.dumps(shapes), json.dumps(types), json.dumps(scalars)].append(seconds)
     rows = [
         {
             "name": name,
@@ -421,6 +434,21 @@ def _calls(trace: Trace, main: Any, count: int) -> list[dict[str, Any]]:
         for (name, *inputs), own in found.items()
     ]
     return sorted(rows, key=lambda row: -row["calls"] * row["seconds"])
+
+
+def _kernel_seconds(trace: Trace, events: list[Event]) -> Callable[[Event], float]:
+    """Of an operator of this thread: seconds of the kernels that it and the operators within it launched."""
+    durations: Counter[Any] = Counter()
+    for event in trace.device:
+        durations[event.args.get("External id")] += event.end - event.start
+    operators = sorted((event for event in events if event.is_operator), key=lambda event: event.start)
+    starts = [event.start for event in operators]
+    until = [0.0, *itertools.accumulate(durations[event.args.get("External id")] for event in operators)]
+
+    def seconds(event: Event) -> float:
+        return until[bisect.bisect_left(starts, event.end)] - until[bisect.bisect_left(starts, event.start)]
+
+    return seconds
 
 
 def _communication(trace: Trace, exposed: float, count: int) -> dict[str, float]:
@@ -515,4 +543,5 @@ def read(path: Path, rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.disable()  # it would look through all that was read again and again, four fifths of the time of reading it
     print(json.dumps(analyse(Trace.read(Path(sys.argv[1])), rank=int(sys.argv[2]))))

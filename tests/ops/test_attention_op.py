@@ -294,6 +294,25 @@ def test_offsets_that_do_not_fit_are_refused():
             attention(**tensors | {"cu_seqlens_q": wrong}, scale=0.25)
 
 
+def test_the_compiled_backward_checks_what_it_is_called_with():
+    """By hand: autograd calls it with what the forward has checked."""
+    tensors = inputs(4, 2, 16, 0, torch.float32)
+    out, lse = attention(**tensors, scale=0.25)
+    given = {"grad": out, **{n: tensors[n] for n in ("q", "k", "v")}, "out": out, "lse": lse}
+    ends = tensors["cu_seqlens_q"]
+    given |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "scale": 0.25, "is_causal": True}
+    backward = torch.ops.fastft.attention_backward.default
+    assert len(backward(*given.values())) == 3
+    for change, message in (
+        ({"v": given["v"][1:]}, "v must have as many tokens as k"),
+        ({"cu_seqlens_k": offsets([5, 1])}, "cu_seqlens_k must rise from 0"),
+        ({"grad": out[1:]}, "grad and out must have q's tokens"),
+        ({"lse": lse.double()}, "lse must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            backward(*(given | change).values())
+
+
 def test_more_keys_in_use_than_there_are_is_refused():
     tensors = inputs(4, 2, 16, 9, torch.float32, [3, 2])
     for wrong in ([3, 3], [-1, 2]):

@@ -5,53 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
-from fastft.config import Config, validate
 from fastft.models.quantized import Packing
 from fastft.plan import architecture, hardware
 from fastft.plan.memory import Memory, base_bytes
 from fastft.plan.roofline import Roofline
-from fastft.plan.workload import Workload
-
-TINY = {
-    "opt": OPTConfig(
-        vocab_size=120, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4
-    ),
-    "llama": LlamaConfig(
-        vocab_size=120,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
-    ),
-    "qwen2": Qwen2Config(
-        vocab_size=120,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
-}
-
-
-def config(**values) -> Config:
-    return validate({"output_dir": "unused", **values})
-
-
-def opt_30b(**values) -> tuple[Config, architecture.Counts]:
-    c = config(model={"name_or_path": "facebook/opt-30b"}, **values)
-    return c, architecture.count(architecture.find_config(c)[0], c)
-
-
-def workload(contexts=(), sequences=(), asked=()) -> Workload:
-    return Workload(tuple(contexts), tuple(sequences), tuple(sequences), tuple(asked), 0, "a test")
+from tests.plan.examples import TINY, config, opt_30b, workload
 
 
 @pytest.mark.parametrize("kind", TINY)

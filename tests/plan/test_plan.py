@@ -25,7 +25,7 @@ from fastft.plan.planner import Planner, apply, planner
 from fastft.plan.trace import ACTIVATIONS, LIVE, LOGITS, Pass, Tracer
 from fastft.plan.workload import Ask
 from tests.conftest import ROOT
-from tests.plan.test_counts import TINY, config, workload
+from tests.plan.examples import TINY, config, workload
 
 MIB = 2**20
 OPT_125M = architecture.PUBLISHED["facebook/opt-125m"]

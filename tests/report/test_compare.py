@@ -15,8 +15,9 @@ import pytest
 from fastft.cli import main
 from fastft.errors import DataError
 from fastft.report.compare import compare
+from fastft.report.comparison_tables import accuracy_table, differences
 from fastft.report.figures import draw
-from fastft.report.paper import BEST, TIED, Table, accuracy_table, differences, latex, markdown
+from fastft.report.formats import BEST, TIED, Table, latex, markdown
 from fastft.report.rows import read
 from fastft.report.stats import bootstrap, confidence_ellipse, holm, resample_examples
 from tests.engine.test_icl_run import ok, write
