@@ -87,6 +87,11 @@ class ModelConfig(Section):
         description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
         "memory, a layer copied while another computes; or on the device as int8",
     )
+    sequence_parallel: Literal["none", "ulysses"] = Field(
+        "none",
+        description="ulysses: the processes encode each context together, every one with a share of its tokens, in "
+        "attention of its heads, and keep the keys and values of these heads; needs a key/value head for each process",
+    )
     mlp_tile: PositiveInt | None = Field(
         None,
         description="tokens that a decoder layer's MLP computes at a time, for long contexts (not OPT); in training "
@@ -573,6 +578,7 @@ _CLASSIFICATION_KEYS = [
 ]
 _LABEL_KEYS = ["data.verbalizer", "icl.balanced", "icl.score", "icl.calibrate", "pbft"]
 _SUMMARY_KEYS = ["evaluate.max_summary_tokens"]
+_CONTEXT_KEYS = ["model.sequence_parallel"]
 _TRAINING_KEYS = ["resume", "distill", "peft", "train", "deepspeed.offload_optimizer", "profile"]
 UNUSED = {
     ("distill", "documents"): [*_CLASSIFICATION_KEYS, *_SUMMARY_KEYS, "pbft"],
@@ -580,9 +586,15 @@ UNUSED = {
     ("distill", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS],
     ("icl", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_TRAINING_KEYS, "pbft"],
     ("icl", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS, *_TRAINING_KEYS],
-    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "icl.calibrate"],
-    ("pbft", "summarization"): [*(k for k in _DOCUMENT_KEYS if k != "data.answer_end"), *_LABEL_KEYS, "distill"],
-    ("ft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
+    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_CONTEXT_KEYS, "distill", "icl.calibrate"],
+    ("pbft", "summarization"): [
+        *(k for k in _DOCUMENT_KEYS if k != "data.answer_end"),
+        *(*_LABEL_KEYS, *_CONTEXT_KEYS, "distill"),
+    ],
+    ("ft", "classification"): [
+        *(*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_CONTEXT_KEYS),
+        *("distill", "pbft", "icl.score", "icl.calibrate"),
+    ],
 }
 _OWN_KEYS = ["data.files", "data.hub", "data.target"]
 
@@ -641,6 +653,16 @@ class Config(Section):
             raise ValueError(
                 "distill.teacher=online computes the teacher from the frozen base, which peft.kind=full does not keep; "
                 "use distill.teacher=stored"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_contexts(self):
+        if self.model.sequence_parallel != "none" and self.method == "distill" and self.distill.teacher == "online":
+            raise ValueError(
+                f"model.sequence_parallel={self.model.sequence_parallel} shares out contexts that all processes are "
+                "behind at the same time, and with distill.teacher=online each step has its own; use "
+                "distill.teacher=stored, or sequence_parallel=none with a smaller data.window.tokens"
             )
         return self
 

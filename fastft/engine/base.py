@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from fastft.config import Config
 from fastft.data.sequences import Sequence, Window
@@ -21,6 +22,7 @@ from fastft.models.quantized import parameter_count
 from fastft.models.quantized_loading import QuantizedFiles
 from fastft.models.text import Text
 from fastft.models.tiled_mlp import tile_mlps
+from fastft.models.ulysses import check_heads
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Base:
         return (
             f"model      {m.name_or_path}  {count:,} parameters  {held}  {ranks.device}  "
             f"{processes} x {torch.get_num_threads()} threads  attention {self.attention}"
+            f"{'' if self.lm.shared_by is None else ', contexts shared (Ulysses)'}"
         )
 
 
@@ -90,7 +93,7 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     # A back end that was asked for and cannot be used is refused here, not at the first layer.
     backend = loading.attention_backend(model, m.attention, ranks.device)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    lm = PackedCausalLM(model, placement=m.prefix)
+    lm = PackedCausalLM(model, placement=m.prefix, shared_by=sharing(config, model, ranks, out))
     if m.mlp_tile:
         tile_mlps(lm, m.mlp_tile)
     if config.has_host_layers:
@@ -118,6 +121,17 @@ def quantize(files: QuantizedFiles, ranks: Ranks, out: Reporter) -> None:
     if ranks.is_first:
         files.finish()
     ranks.barrier()
+
+
+def sharing(config: Config, model: PreTrainedModel, ranks: Ranks, out: Reporter) -> Ranks | None:
+    """The ranks where they encode contexts together; raises ModelError where they have too few heads for it."""
+    if config.model.sequence_parallel == "none":
+        return None
+    if ranks.world_size == 1:
+        out.line("model      sequence_parallel=ulysses changes nothing: there is one process, which has all heads")
+        return None
+    check_heads(loading.kv_heads(model), ranks.world_size)
+    return ranks
 
 
 def prefix_key(config: Config) -> dict[str, str]:
