@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from fastft import peft
 from fastft.cli import main
 from fastft.config import load_config, validate
-from fastft.errors import FastftError
+from fastft.errors import FastftError, ModelError
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
@@ -22,6 +22,7 @@ from fastft.ops import linear_log_softmax_kl
 from fastft.plan import architecture, hardware
 from fastft.plan.memory import Phase
 from fastft.plan.planner import Planner, apply, planner
+from fastft.plan.roofline import Roofline
 from fastft.plan.trace import ACTIVATIONS, LIVE, LOGITS, Pass, Tracer
 from fastft.plan.workload import Ask
 from tests.conftest import ROOT
@@ -129,6 +130,52 @@ def test_memory_of_a_rank_falls_with_the_ranks():
     assert [p["optimizer"] for p in parts[1:]] == [3 * n] * 3
     assert parts[1]["gradients"] >= 2 * n
     assert parts[3]["gradients"] <= 6 * n / 4
+
+
+def test_ranks_that_encode_a_context_together_hold_a_part_of_it_each():
+    """Four ranks, a context of 65,536 tokens: its keys and values, the layer at work, and how long it takes."""
+    llama_8b = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+    )
+    asked = workload([65536], [64] * 256, [Ask(65536, (32,) * 16, 24)])
+    gpu = dataclasses.replace(hardware.GPUS["h100"], link=1e30)  # the exchange takes no time
+    prepared = Planner(config(), llama_8b, asked, device=gpu, ranks=4)
+    alone = prepared.plan()
+    together = prepared.plan(apply(prepared.config, {"model.sequence_parallel": "ulysses"}))
+    parts = [next(p.device for p in plan.phases if p.name == "teach") for plan in (alone, together)]
+    assert parts[0]["prefix"] == 65536 * 131072 and parts[1]["prefix"] == parts[0]["prefix"] // 4
+    assert parts[1]["live_layer"] == pytest.approx(parts[0]["live_layer"] / 4, rel=1e-3)  # its MLP
+    # With a tiled MLP attention is the highest moment, and there the exchange has buffers of its own.
+    tiled = [prepared.tracer.peak(Pass((65536,), 0, capture=True, mlp_tile=2048, ranks=n)) for n in (1, 4)]
+    live = [sum(trace.values()) - part["prefix"] for trace, part in zip(tiled, parts, strict=True)]
+    assert 0.26 < live[1] / live[0] < 0.3
+    assert together.run["contexts"] == pytest.approx(alone.run["contexts"] / 4)
+    assert together.run["teach"] == pytest.approx(alone.run["teach"])
+    assert {"model.sequence_parallel": "ulysses"} in prepared.changes()
+    too_many = Planner(config(), llama_8b, asked, device=gpu, ranks=16)
+    assert not any("model.sequence_parallel" in change for change in too_many.changes())
+    with pytest.raises(ModelError, match="has 8 for 16 processes"):
+        too_many.plan(apply(prepared.config, {"model.sequence_parallel": "ulysses"}))
+
+
+def test_the_exchange_takes_time_and_uneven_heads_do():
+    prepared = small_planner(ranks=2)
+    config, counts = prepared.config, prepared.counts
+    shared = apply(config, {"model.sequence_parallel": "ulysses"})
+    gpu = dataclasses.replace(hardware.GPUS["h100"], link=1e30)
+    three = dataclasses.replace(counts, kv_width=3 * counts.head_size)
+    times = [Roofline(shared, c, workload([4096]), gpu, 2).phases(0.0)["contexts"] for c in (counts, three)]
+    assert times[1] > times[0]
+    slow = dataclasses.replace(gpu, link=1e9)
+    time = Roofline(shared, counts, workload([4096]), slow, 2).phases(0.0)["contexts"]
+    rows = 2 * (counts.query_width + counts.kv_width) * counts.layers
+    assert time - times[0] == pytest.approx(2048 * rows * 2 / 2 / 1e9)  # half of a rank's tokens' rows, in 16 bits
 
 
 def test_offloading_moves_bytes_to_the_host():
