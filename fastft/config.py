@@ -469,10 +469,13 @@ class TrainConfig(Section):
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up, to zero")
-    optimizer: Literal["auto", "adamw", "adamw_8bit", "bias_adamw", "bias_adamw_8bit"] = Field(
+    optimizer: Literal[
+        "auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "bias_adamw", "bias_adamw_8bit"
+    ] = Field(
         "auto",
-        description="torch's AdamW; bitsandbytes' with 8-bit state; fastft's, all tensors in one launch, with 32- or "
-        "8-bit state; auto: bias_adamw for peft.kind=bitfit, else adamw",
+        description="torch's AdamW; bitsandbytes' with 8-bit state, or paged: state in memory that CUDA moves to the "
+        "host where the GPU is full; fastft's, all tensors in one launch, with 32- or 8-bit state; auto: bias_adamw "
+        "for peft.kind=bitfit, else adamw",
     )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="AdamW decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
@@ -663,6 +666,16 @@ class Config(Section):
                 f"model.sequence_parallel={self.model.sequence_parallel} shares out contexts that all processes are "
                 "behind at the same time, and with distill.teacher=online each step has its own; use "
                 "distill.teacher=stored, or sequence_parallel=none with a smaller data.window.tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _paged(self):
+        if self.train.optimizer.startswith("paged_") and self.deepspeed.offload_optimizer != "none":
+            raise ValueError(
+                f"train.optimizer={self.train.optimizer} has state in memory that CUDA moves to the host, and with "
+                f"deepspeed.offload_optimizer={self.deepspeed.offload_optimizer} the host updates it; use one of them: "
+                f"train.optimizer={self.train.optimizer.removeprefix('paged_')}, or offload_optimizer=none"
             )
         return self
 

@@ -60,13 +60,8 @@ class Prepared:
 
 def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     m = config.model
-    if m.dtype == "float16" and ranks.device.type == "cpu":
-        raise FastftError("model.dtype=float16 needs a GPU; on the CPU use bfloat16 or float32")
-    if config.train.activation_offloading and ranks.device.type == "cpu":
-        raise FastftError(
-            "train.activation_offloading=true needs a GPU: on the CPU activations are in host memory already; "
-            "use train.activation_offloading=false"
-        )
+    if ranks.device.type == "cpu":
+        refuse_what_needs_a_gpu(config)
     if ranks.is_first:
         path = loading.resolve(m.name_or_path, config.cache_path)
     ranks.barrier()
@@ -108,6 +103,23 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
         hashlib.sha256(vocabulary.encode()).hexdigest(),
         backend.title if backend else "fastft" if ranks.device.type == "cpu" and m.attention == "auto" else "padded",
     )
+
+
+def refuse_what_needs_a_gpu(config: Config) -> None:
+    """Raise FastftError for a value that a run on the CPU cannot have."""
+    if config.model.dtype == "float16":
+        raise FastftError("model.dtype=float16 needs a GPU; on the CPU use bfloat16 or float32")
+    if config.train.activation_offloading:
+        raise FastftError(
+            "train.activation_offloading=true needs a GPU: on the CPU activations are in host memory already; "
+            "use train.activation_offloading=false"
+        )
+    if config.train.optimizer.startswith("paged_"):
+        unpaged = config.train.optimizer.removeprefix("paged_")
+        raise FastftError(
+            f"train.optimizer={config.train.optimizer} needs a GPU: its state is in CUDA's unified memory, and on the "
+            f"CPU it is in host memory already; use train.optimizer={unpaged}"
+        )
 
 
 def quantize(files: QuantizedFiles, ranks: Ranks, out: Reporter) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from fastft.config import Config
 from fastft.models.ulysses import check_heads, deal
 from fastft.ops.frozen_weight import TILE_BYTES
+from fastft.optim import BITSANDBYTES
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import MIB, Device
 from fastft.plan.trace import ACTIVATIONS, LIVE, LOGITS, Pass, Tracer
@@ -139,7 +140,9 @@ class Memory:
         device["adapters"] += c.bias_copies * b
         device["adapters"] += c.added * b // (self.ranks if d.zero_stage == 3 else 1)
         has_master = d.zero_stage > 0 or b == 2
-        held["optimizer"] += (4 * share if has_master else 0) + optimizer_state_bytes(self.config, c, share)
+        paged = 0 if self.device.is_cpu else paged_bytes(self.config, c, share)
+        held["optimizer"] += (4 * share if has_master else 0) + optimizer_state_bytes(self.config, c, share) - paged
+        host["optimizer"] += paged
         if d.zero_stage == 0 or d.zero_stage == 1:
             device["gradients"] += n * b
         else:
@@ -312,12 +315,24 @@ def optimizer_kind(config: Config) -> str:
     return "bias_adamw" if peft.kind == "bitfit" and not peft.train_embeddings else "adamw"
 
 
+def paged_bytes(config: Config, counts: Counts, share: int) -> int:
+    """Of m and v, what bitsandbytes has in unified memory: tensors of 100,000 elements and more, scales apart.
+
+    ZeRO gives the optimizer flat parts of many parameters.
+    """
+    kind = optimizer_kind(config)
+    if not kind.startswith("paged_"):
+        return 0
+    sizes = [share] if config.deepspeed.zero_stage else counts.trained_sizes
+    return sum(n for n in sizes if n >= 100_000) * (2 if kind.endswith("_8bit") else 8)
+
+
 def optimizer_state_bytes(config: Config, counts: Counts, share: int) -> int:
     """m and v: float32, or 8-bit codes with a float32 scale for 256 of them."""
     kind = optimizer_kind(config)
     if not kind.endswith("_8bit"):
         return 8 * share
     eight_bit = share
-    if kind == "adamw_8bit" and config.deepspeed.zero_stage == 0:  # bitsandbytes leaves small tensors in float32
+    if kind in BITSANDBYTES and config.deepspeed.zero_stage == 0:  # bitsandbytes leaves small tensors in float32
         eight_bit = sum(n for n in counts.trained_sizes if n >= 4096)
     return int(eight_bit * (2 + 2 * 4 / 256)) + 8 * (share - eight_bit)

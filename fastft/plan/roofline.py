@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from fastft.config import Config
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import Device
-from fastft.plan.memory import base_bytes, largest_share, offloaded_layers, optimizer_kind, sharing_ranks
+from fastft.plan.memory import base_bytes, largest_share, offloaded_layers, optimizer_kind, paged_bytes, sharing_ranks
 from fastft.plan.workload import Workload
 
 STEP_PARTS = {
@@ -180,13 +180,17 @@ class Roofline:
         return share * (state + 2 * 4 + 2 * self.itemsize) / self.device.bandwidth
 
     def _link(self, passes: float) -> float:
-        """Weights that live on the host cross once a pass, gradients and new parameters once a step."""
+        """Weights that live on the host cross once a pass, gradients and new parameters once a step, or paged state
+        there and back.
+        """
         d = self.config.deepspeed
         if self.device.is_cpu:
             return 0.0
         nbytes = passes * self.weights / self.ranks if d.offload_param != "none" else 0.0
         if d.offload_optimizer != "none":
             nbytes += 2 * self.counts.trained / self.ranks * self.itemsize
+        share = self.counts.trained // (self.ranks if d.zero_stage else 1)
+        nbytes += 2 * paged_bytes(self.config, self.counts, share)
         return nbytes / self.device.link
 
     def _offloading(self, tokens: float, forward: float, backward: float) -> float:

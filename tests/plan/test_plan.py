@@ -252,6 +252,23 @@ def test_an_8_bit_optimizer_saves_nothing_with_bitfit():
     assert not any("train.optimizer" in change for change in prepared.changes())
 
 
+def test_paged_state_is_on_the_host_where_its_tensors_are_large():
+    """LoRA on OPT-125M without ZeRO: of its matrices, 16 x 768 and 16 x 3072, none is large enough; flat they are."""
+    prepared = small_planner()
+    found = {}
+    for stage in (0, 2):
+        for name in ("adamw", "paged_adamw", "paged_adamw_8bit"):
+            change = {"deepspeed.zero_stage": stage, "train.optimizer": name}
+            phase, n = train_phase(prepared, change), prepared.counts.trained
+            found[stage, name] = phase.device.get("optimizer", 0) / n, phase.host.get("optimizer", 0) / n
+    assert found[0, "paged_adamw"] == found[0, "adamw"] == (12, 0)
+    assert found[2, "adamw"] == (12, 0) and found[2, "paged_adamw"] == (4, 8)
+    assert found[2, "paged_adamw_8bit"] == (pytest.approx(4 + 8 / 256, rel=1e-3), 2)
+    change = {"deepspeed.zero_stage": 2, "train.optimizer": "paged_adamw"}
+    step = prepared.plan(apply(prepared.config, change)).step
+    assert step["link"] == pytest.approx(2 * 8 * prepared.counts.trained / prepared.device.link)
+
+
 def test_changes_are_values_that_a_config_takes():
     prepared = small_planner()
     for change in prepared.changes():
