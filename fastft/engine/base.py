@@ -22,7 +22,7 @@ from fastft.models.quantized import parameter_count
 from fastft.models.quantized_loading import QuantizedFiles
 from fastft.models.text import Text
 from fastft.models.tiled_mlp import tile_mlps
-from fastft.models.ulysses import check_heads
+from fastft.models.ulysses import check_model
 
 
 @dataclass
@@ -136,13 +136,13 @@ def quantize(files: QuantizedFiles, ranks: Ranks, out: Reporter) -> None:
 
 
 def sharing(config: Config, model: PreTrainedModel, ranks: Ranks, out: Reporter) -> Ranks | None:
-    """The ranks where they encode contexts together; raises ModelError where they have too few heads for it."""
+    """The ranks where they encode contexts together; raises ModelError where the model is not one for it."""
     if config.model.sequence_parallel == "none":
         return None
     if ranks.world_size == 1:
         out.line("model      sequence_parallel=ulysses changes nothing: there is one process, which has all heads")
         return None
-    check_heads(loading.kv_heads(model), ranks.world_size)
+    check_model(model, ranks.world_size)
     return ranks
 
 

@@ -248,12 +248,6 @@ def attention_backend(model: PreTrainedModel, attention: str, device: torch.devi
     return flash.select(attention, device, model.dtype, head_size)
 
 
-def kv_heads(model: PreTrainedModel) -> int:
-    """Key/value heads of an attention."""
-    config = model.config.get_text_config()
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
 def max_positions(model: PreTrainedModel) -> int | None:
     """Length of the position table, or what the model was trained for; None if it says nothing."""
     return getattr(model.config, "max_position_embeddings", None)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from fastft.distributed import Ranks
 from fastft.errors import ModelError
@@ -40,6 +41,21 @@ def check_heads(kv_heads: int, ranks: int) -> None:
             f"model.sequence_parallel=ulysses deals key/value heads out to the processes, and the model has {kv_heads} "
             f"for {ranks} processes; use up to {kv_heads} processes, or model.sequence_parallel=none"
         )
+
+
+def check_model(model: PreTrainedModel, ranks: int) -> None:
+    """Raise ModelError where the ranks cannot encode a context together."""
+    config = model.config.get_text_config()
+    check_heads(getattr(config, "num_key_value_heads", None) or config.num_attention_heads, ranks)
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind == "longrope" or "dynamic" in (kind or ""):
+                raise ModelError(
+                    f"model.sequence_parallel=ulysses: the rotary frequencies of {type(model).__name__} (rope_type="
+                    f"{kind}) follow from the largest position in a pass, which is another in each process's share of "
+                    "a context; use model.sequence_parallel=none"
+                )
 
 
 class SharedPrefix(Prefix):

@@ -40,6 +40,7 @@ def test_losses_and_figures_are_those_of_one_process(base_config, launch, tmp_pa
     ok(shared)
     assert ", contexts shared (Ulysses)" in shared.stdout
     assert f"({model.get('prefix', 'device')} on each of 2 processes)" in shared.stdout
+    assert "plan       peak" in shared.stdout
     found, expected = (torch.tensor(losses(Path(run["output_dir"]))) for run in (two, one))
     assert len(found) == 6
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
@@ -53,7 +54,7 @@ def test_losses_and_figures_are_those_of_one_process(base_config, launch, tmp_pa
 def test_in_context_learning(icl_config, launch, tmp_path):  # noqa: F811
     found = []
     for processes, how in ((1, "none"), (2, "ulysses")):
-        raw = icl_config(output_dir=str(tmp_path / how))
+        raw = icl_config(output_dir=str(tmp_path / how), deepspeed={"zero_stage": 3, "threads_per_rank": 1})
         raw["model"]["sequence_parallel"] = how
         ran = launch(raw, processes=processes)
         ok(ran)

@@ -22,7 +22,7 @@ from fastft.methods.evaluation import QuestionSet, evaluate
 from fastft.models.attention import PackedSequences, implementation
 from fastft.models.causal import PackedCausalLM
 from fastft.models.generation import generate
-from fastft.models.ulysses import SharedPrefix, check_heads, deal
+from fastft.models.ulysses import SharedPrefix, check_heads, check_model, deal
 
 LAYERS, HEAD, VOCABULARY = 2, 8, 97
 CONTEXT = 23
@@ -189,6 +189,22 @@ def test_heads_are_dealt_out():
     check_heads(3, 3)
     with pytest.raises(ModelError, match="has 3 for 4 processes; use up to 3 processes"):
         check_heads(3, 4)
+
+
+def test_models_that_cannot_be_shared_are_refused():
+    check_model(build("opt"), 4)
+    with pytest.raises(ModelError, match="has 3 for 4 processes"):
+        check_model(build("llama-uneven"), 4)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    for rope in ({"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}, {"rope_type": "dynamic"}):
+        rope |= {"factor": 2.0, "original_max_position_embeddings": 32}
+        model = LlamaForCausalLM(LlamaConfig(rope_parameters={"rope_theta": 1e4, **rope}, **shape))
+        if rope["rope_type"] == "llama3":
+            check_model(model, 2)
+        else:
+            with pytest.raises(ModelError, match="rope_type=dynamic\\) follow from the largest position in a pass"):
+                check_model(model, 2)
 
 
 def test_stretches_of_a_context_cover_it():
