@@ -87,6 +87,11 @@ class ModelConfig(Section):
         description="where a context's keys and values live, wherever the teacher reads it: on the device; in host "
         "memory, a layer copied while another computes; or on the device as int8",
     )
+    sequence_parallel: Literal["none", "ulysses"] = Field(
+        "none",
+        description="ulysses: the processes encode each context together, every one with a share of its tokens, in "
+        "attention of its heads, and keep the keys and values of these heads; needs a key/value head for each process",
+    )
     mlp_tile: PositiveInt | None = Field(
         None,
         description="tokens that a decoder layer's MLP computes at a time, for long contexts (not OPT); in training "
@@ -469,10 +474,13 @@ class TrainConfig(Section):
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up, to zero")
-    optimizer: Literal["auto", "adamw", "adamw_8bit", "bias_adamw", "bias_adamw_8bit"] = Field(
+    optimizer: Literal[
+        "auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "bias_adamw", "bias_adamw_8bit"
+    ] = Field(
         "auto",
-        description="torch's AdamW; bitsandbytes' with 8-bit state; fastft's, all tensors in one launch, with 32- or "
-        "8-bit state; auto: bias_adamw for peft.kind=bitfit, else adamw",
+        description="torch's AdamW; bitsandbytes' with 8-bit state, or paged: state in memory that CUDA moves to the "
+        "host where the GPU is full; fastft's, all tensors in one launch, with 32- or 8-bit state; auto: bias_adamw "
+        "for peft.kind=bitfit, else adamw",
     )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="AdamW decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
@@ -578,6 +586,7 @@ _CLASSIFICATION_KEYS = [
 ]
 _LABEL_KEYS = ["data.verbalizer", "icl.balanced", "icl.score", "icl.calibrate", "pbft"]
 _SUMMARY_KEYS = ["evaluate.max_summary_tokens"]
+_CONTEXT_KEYS = ["model.sequence_parallel"]
 _TRAINING_KEYS = ["resume", "distill", "peft", "train", "deepspeed.offload_optimizer", "profile"]
 UNUSED = {
     ("distill", "documents"): [*_CLASSIFICATION_KEYS, *_SUMMARY_KEYS, "pbft"],
@@ -585,9 +594,15 @@ UNUSED = {
     ("distill", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS],
     ("icl", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_TRAINING_KEYS, "pbft"],
     ("icl", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS, *_TRAINING_KEYS],
-    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "icl.calibrate"],
-    ("pbft", "summarization"): [*(k for k in _DOCUMENT_KEYS if k != "data.answer_end"), *_LABEL_KEYS, "distill"],
-    ("ft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "distill", "pbft", "icl.score", "icl.calibrate"],
+    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_CONTEXT_KEYS, "distill", "icl.calibrate"],
+    ("pbft", "summarization"): [
+        *(k for k in _DOCUMENT_KEYS if k != "data.answer_end"),
+        *(*_LABEL_KEYS, *_CONTEXT_KEYS, "distill"),
+    ],
+    ("ft", "classification"): [
+        *(*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_CONTEXT_KEYS),
+        *("distill", "pbft", "icl.score", "icl.calibrate"),
+    ],
 }
 _OWN_KEYS = ["data.files", "data.hub", "data.target"]
 
@@ -646,6 +661,26 @@ class Config(Section):
             raise ValueError(
                 "distill.teacher=online computes the teacher from the frozen base, which peft.kind=full does not keep; "
                 "use distill.teacher=stored"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_contexts(self):
+        if self.model.sequence_parallel != "none" and self.method == "distill" and self.distill.teacher == "online":
+            raise ValueError(
+                f"model.sequence_parallel={self.model.sequence_parallel} shares out contexts that all processes are "
+                "behind at the same time, and with distill.teacher=online each step has its own; use "
+                "distill.teacher=stored, or sequence_parallel=none with a smaller data.window.tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _paged(self):
+        if self.train.optimizer.startswith("paged_") and self.deepspeed.offload_optimizer != "none":
+            raise ValueError(
+                f"train.optimizer={self.train.optimizer} has state in memory that CUDA moves to the host, and with "
+                f"deepspeed.offload_optimizer={self.deepspeed.offload_optimizer} the host updates it; use one of them: "
+                f"train.optimizer={self.train.optimizer.removeprefix('paged_')}, or offload_optimizer=none"
             )
         return self
 

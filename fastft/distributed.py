@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,15 +24,18 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def lockstep(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    def lockstep(self, items: Sequence[T], together: Callable[[T], Any] | None = None) -> Iterator[tuple[T, bool]]:
         """Deal items out so that every rank takes the same number of turns: (item, whether its result counts).
 
         ZeRO-3 gathers parameters in every forward, so all ranks must make the same number of them; a rank without an
         item of its own repeats the first one for nothing.
+        together: the items of a turn, one of each rank, are neighbours for which it is equal; None: any.
         """
-        for start in range(0, len(items), self.world_size):
-            mine = start + self.rank
-            yield (items[mine], True) if mine < len(items) else (items[0], False)
+        for _, group in itertools.groupby(items, together or (lambda item: None)):
+            own = list(group)
+            for start in range(0, len(own), self.world_size):
+                mine = start + self.rank
+                yield (own[mine], True) if mine < len(own) else (own[0], False)
 
     def all(self, value: bool) -> bool:
         """Whether `value` is true on every rank."""
@@ -55,6 +59,12 @@ class Ranks:
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """Elements of x [sum(sent)]: the next sent[r] go to rank r; of its own, received[r] come from it, in order."""
+        found = x.new_empty(sum(received))
+        dist.all_to_all_single(found, x, received, sent)
+        return found
 
     def barrier(self) -> None:
         if self.world_size > 1:

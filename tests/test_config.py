@@ -51,6 +51,18 @@ def test_overrides_and_round_trip(tmp_path):
         ("output_dir: a\ndistill: {on_policy: 0.5}\n", "on_policy=0.5 needs teacher=online"),
         ("output_dir: a\ndistill: {teacher: online}\npeft: {kind: full}\n", "use distill.teacher=stored"),
         ("output_dir: a\noverwrite: true\nresume: auto\n", "exclude each other"),
+        (
+            "output_dir: a\ntrain: {optimizer: paged_adamw_8bit}\ndeepspeed: {offload_optimizer: cpu}\n",
+            "use one of them: train.optimizer=adamw_8bit, or offload_optimizer=none",
+        ),
+        (
+            "output_dir: a\nmodel: {sequence_parallel: ulysses}\ndistill: {teacher: online}\n",
+            "with distill.teacher=online each step has its own; use distill.teacher=stored",
+        ),
+        (
+            "output_dir: a\nmethod: pbft\nmodel: {sequence_parallel: ulysses}\ndata: {task: rte}\n",
+            "does not use model.sequence_parallel",
+        ),
     ],
 )
 def test_what_cannot_be_right_is_refused(tmp_path, text, message):

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from fastft.config import Config
 from fastft.data.sequences import Sequence, Window
@@ -21,6 +22,7 @@ from fastft.models.quantized import parameter_count
 from fastft.models.quantized_loading import QuantizedFiles
 from fastft.models.text import Text
 from fastft.models.tiled_mlp import tile_mlps
+from fastft.models.ulysses import check_model
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Base:
         return (
             f"model      {m.name_or_path}  {count:,} parameters  {held}  {ranks.device}  "
             f"{processes} x {torch.get_num_threads()} threads  attention {self.attention}"
+            f"{'' if self.lm.shared_by is None else ', contexts shared (Ulysses)'}"
         )
 
 
@@ -57,13 +60,8 @@ class Prepared:
 
 def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     m = config.model
-    if m.dtype == "float16" and ranks.device.type == "cpu":
-        raise FastftError("model.dtype=float16 needs a GPU; on the CPU use bfloat16 or float32")
-    if config.train.activation_offloading and ranks.device.type == "cpu":
-        raise FastftError(
-            "train.activation_offloading=true needs a GPU: on the CPU activations are in host memory already; "
-            "use train.activation_offloading=false"
-        )
+    if ranks.device.type == "cpu":
+        refuse_what_needs_a_gpu(config)
     if ranks.is_first:
         path = loading.resolve(m.name_or_path, config.cache_path)
     ranks.barrier()
@@ -90,7 +88,7 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     # A back end that was asked for and cannot be used is refused here, not at the first layer.
     backend = loading.attention_backend(model, m.attention, ranks.device)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    lm = PackedCausalLM(model, placement=m.prefix)
+    lm = PackedCausalLM(model, placement=m.prefix, shared_by=sharing(config, model, ranks, out))
     if m.mlp_tile:
         tile_mlps(lm, m.mlp_tile)
     if config.has_host_layers:
@@ -107,6 +105,23 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     )
 
 
+def refuse_what_needs_a_gpu(config: Config) -> None:
+    """Raise FastftError for a value that a run on the CPU cannot have."""
+    if config.model.dtype == "float16":
+        raise FastftError("model.dtype=float16 needs a GPU; on the CPU use bfloat16 or float32")
+    if config.train.activation_offloading:
+        raise FastftError(
+            "train.activation_offloading=true needs a GPU: on the CPU activations are in host memory already; "
+            "use train.activation_offloading=false"
+        )
+    if config.train.optimizer.startswith("paged_"):
+        unpaged = config.train.optimizer.removeprefix("paged_")
+        raise FastftError(
+            f"train.optimizer={config.train.optimizer} needs a GPU: its state is in CUDA's unified memory, and on the "
+            f"CPU it is in host memory already; use train.optimizer={unpaged}"
+        )
+
+
 def quantize(files: QuantizedFiles, ranks: Ranks, out: Reporter) -> None:
     """Make the quantised weights that the cache folder lacks, the layers dealt out to the ranks."""
     if ranks.all(files.is_complete):
@@ -118,6 +133,17 @@ def quantize(files: QuantizedFiles, ranks: Ranks, out: Reporter) -> None:
     if ranks.is_first:
         files.finish()
     ranks.barrier()
+
+
+def sharing(config: Config, model: PreTrainedModel, ranks: Ranks, out: Reporter) -> Ranks | None:
+    """The ranks where they encode contexts together; raises ModelError where the model is not one for it."""
+    if config.model.sequence_parallel == "none":
+        return None
+    if ranks.world_size == 1:
+        out.line("model      sequence_parallel=ulysses changes nothing: there is one process, which has all heads")
+        return None
+    check_model(model, ranks.world_size)
+    return ranks
 
 
 def prefix_key(config: Config) -> dict[str, str]:

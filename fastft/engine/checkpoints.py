@@ -48,7 +48,7 @@ DESCRIPTION = "checkpoint.json"
 # are compared by what they hold, not by where they lie.
 FREE = (
     *("output_dir", "overwrite", "resume", "cache_dir", "deepspeed.*", "evaluate.*", "profile.*"),
-    *("train.micro_batches", "model.layers"),
+    *("train.micro_batches", "model.layers", "model.sequence_parallel"),
     *("train.activation_checkpointing", "train.activation_offloading", "train.tensorboard"),
     *("train.log_every", "train.save_every", "train.keep_*", "train.eval_every", "distill.context_cache_gib"),
     *("model.name_or_path", "model.revision", "model.trust_remote_code", "model.attention", "model.mlp_tile"),

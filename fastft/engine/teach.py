@@ -70,9 +70,10 @@ def teach(config: Config, base: Base, prepared: Prepared, ranks: Ranks, out: Rep
                     raise FastftError(
                         f"{folder}: the teacher store that was just written does not read back; check the disk"
                     )
+                shared = f" on each of {ranks.world_size} processes" if base.lm.shared_by else ""
                 out.line(
                     f"teach      {what}, {seconds:.1f} s ({rate:,.0f} targets/s), context {size_text(prefix_bytes)} "
-                    f"({config.model.prefix}), written to {folder}"
+                    f"({config.model.prefix}{shared}), written to {folder}"
                 )
                 return store
     out.line(f"teach      {what}, found in {folder}, checked in {time.monotonic() - begin:.1f} s")

@@ -161,9 +161,9 @@ def teach(
     """Run the teacher on every sequence behind its window and hand the targets to `writer`.
 
     present: what the store has already. The batches are dealt before it is left out, so that a teach phase that goes on
-    computes what one that was never stopped does. Each window's keys and values are computed once on every rank, and
-    shared by all of its sequences; returns the bytes of the largest. Ends early where a rank cannot write
-    (`writer.error` says why).
+    computes what one that was never stopped does. Each window's keys and values are computed once on every rank, or
+    once by all (`models.ulysses`), and shared by all of its sequences; returns the bytes of the largest that a rank
+    holds. Ends early where a rank cannot write (`writer.error` says why).
     """
     jobs = []
     for w in range(len(windows)):
@@ -176,7 +176,7 @@ def teach(
 
     def passes() -> Iterator[Job]:
         known: tuple[int, Prefix] | None = None
-        for (w, members), counts in ranks.lockstep(jobs):
+        for (w, members), counts in ranks.lockstep(jobs, lm.at_a_time(lambda job: job[0])):
             if not ranks.all(known is not None and known[0] == w):
                 context, prefix = lm.context(windows[w].token_ids)
                 known = (w, prefix)

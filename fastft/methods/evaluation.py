@@ -123,7 +123,8 @@ def evaluate(
     def passes() -> Iterator[Job]:
         known: tuple[int, int] | None = None
         prefix = None
-        for (index, w, begin), counts in ranks.lockstep(jobs):
+        together = lm.at_a_time(lambda job: job[:2]) if in_context else None
+        for (index, w, begin), counts in ranks.lockstep(jobs, together):
             questions = sets[index]
             if in_context and not ranks.all(known == (index, w)):
                 known = (index, w)

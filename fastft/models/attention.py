@@ -353,6 +353,13 @@ def packed_attention(
     gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if gradient and not packed.takes_gradient:
         raise RuntimeError("packed_attention: prefixes, branches, decode caches take no gradient; use torch.no_grad()")
+    if packed.exchange is not None:
+
+        def attend(*heads: torch.Tensor) -> torch.Tensor:
+            options = {"scaling": scaling, "dropout": dropout, "packed": packed.exchange.whole, "choice": choice}
+            return packed_attention(module, *heads, None, **options)[0]
+
+        return packed.exchange.attend(attend, query, key, value), None
     if dropout and choice not in ("auto", "sdpa"):
         raise ModelError(f"model.attention={choice} has no attention dropout, and the model's is {dropout}; use sdpa")
     backend = None if dropout else flash.select(choice, query.device, query.dtype, query.shape[-1])

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastft.distributed import Ranks
 from fastft.errors import ModelError
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.layerwise import HostLayers, Layerwise
+from fastft.models.ulysses import SharedPrefix
 
 R = TypeVar("R")
+Item = TypeVar("Item")
 HeadFn = Callable[[torch.Tensor, torch.Tensor], R]  # (hidden [T, H], head weight [V, H]) -> anything
 
 
@@ -52,14 +55,18 @@ class Job:
 class PackedCausalLM(nn.Module):
     """Final hidden states of packed sequences, and a function of them and the head, without a [T, V] tensor."""
 
-    def __init__(self, model: PreTrainedModel, *, placement: str = "device"):
-        """placement: where the keys and values of encoded contexts live, see `Prefix`."""
+    def __init__(self, model: PreTrainedModel, *, placement: str = "device", shared_by: Ranks | None = None):
+        """placement: where the keys and values of encoded contexts live, see `Prefix`.
+
+        shared_by: the ranks that encode each context together (`ulysses`); None: each encodes it whole.
+        """
         super().__init__()
         head = model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise ModelError(f"{type(model).__name__}: expected a language-model head without a bias")
         self.model = model
         self.placement = placement
+        self.shared_by = shared_by
         self.host_layers: HostLayers | None = None
         self.head = Head(head.weight)
 
@@ -71,6 +78,10 @@ class PackedCausalLM(nn.Module):
             input_ids=input_ids, position_ids=packed.position_ids, packed=packed, use_cache=False
         ).last_hidden_state.squeeze(0)
         return hidden if head_fn is None else self.head(hidden, head_fn)
+
+    def at_a_time(self, context: Callable[[Item], Any]) -> Callable[[Item], Any] | None:
+        """What `Ranks.lockstep` keeps together of items behind context(item): one at a time where ranks share them."""
+        return None if self.shared_by is None else context
 
     @torch.no_grad()
     def each(self, jobs: Iterable[Job], *, keep_prefixes: bool = False) -> Iterator[tuple[Job, Any]]:
@@ -89,11 +100,18 @@ class PackedCausalLM(nn.Module):
             yield job, hidden if job.head_fn is None else self.head(hidden, job.head_fn)
 
     def context(self, token_ids: tuple[int, ...]) -> tuple[Job, Prefix]:
-        """A job that fills the prefix with the keys and values of a context, for the jobs that come after it."""
-        prefix = Prefix(self.placement)
-        prefix.length = len(token_ids)
-        packed = PackedSequences([len(token_ids)], capture=prefix, device=self.device)
-        return Job(torch.tensor(token_ids, device=self.device)[None], packed), prefix
+        """A job that fills the prefix with the keys and values of a context, for the jobs that come after it.
+
+        Where ranks share contexts, they all come with the same one; one of fewer tokens than ranks is not shared.
+        """
+        if self.shared_by is not None and len(token_ids) >= self.shared_by.world_size:
+            prefix = SharedPrefix(len(token_ids), self.shared_by, self.placement)
+        else:
+            prefix = Prefix(self.placement)
+            prefix.length = len(token_ids)
+        own = token_ids[prefix.begin : prefix.end]
+        packed = PackedSequences([len(own)], capture=prefix, device=self.device)
+        return Job(torch.tensor(own, device=self.device)[None], packed), prefix
 
     def encode_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
         """Keys and values of a context, to be shared by all that follows it."""

@@ -72,7 +72,8 @@ def generate(
         if ranks.all(not going):
             break
         if not going:
-            _accompany(lm, max_new_tokens - step - 1, ranks)
+            cache.keep(torch.tensor([0], device=device))
+            _accompany(lm, max_new_tokens - step - 1, prefix, cache, ranks)
             break
         if len(going) < len(alive):
             cache.keep(torch.tensor(going, device=device))
@@ -81,10 +82,13 @@ def generate(
     return outputs
 
 
-def _accompany(lm: PackedCausalLM, steps: int, ranks: Ranks) -> None:
-    """Dummy forwards until every rank is done."""
+def _accompany(lm: PackedCausalLM, steps: int, prefix: Prefix | None, cache: DecodeCache, ranks: Ranks) -> None:
+    """Forwards for nothing, with one sequence of this rank, until every rank is done."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
     for _ in range(steps):
-        token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
-        lm(token, PackedSequences([1], device=lm.device), lambda hidden, weight: hidden @ weight.t())
+        groups = None if prefix is None else [(prefix, 1)]
+        packed = PackedSequences([1], prefixes=groups, cache=cache, device=lm.device)
+        lm(token, packed, lambda hidden, weight: hidden @ weight.t())
+        packed.advance()
         if ranks.all(True):
             break

@@ -16,10 +16,15 @@ Shapes: T packed tokens, B sequences, L the longest of them, G key/value heads, 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from fastft.models.ulysses import Exchange
 
 PLACEMENTS = ("device", "host", "int8")
 
@@ -42,6 +47,7 @@ class Prefix:
             raise ValueError(f"Prefix: placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
         self.placement = placement
         self.length = 0
+        self.begin, self.end = 0, None  # the positions that a pack captures this from: all
         self.peak_nbytes = 0  # the most that was kept at one time
         self._layers: dict[int, tuple[torch.Tensor, ...]] = {}
         self._dtype: torch.dtype | None = None  # int8: what to give back
@@ -65,6 +71,10 @@ class Prefix:
     def drop(self, layer: int) -> None:
         """Forget the keys and values of a layer that nothing reads any more."""
         self._layers.pop(layer, None)
+
+    def exchange(self, packed: PackedSequences) -> Exchange | None:
+        """How the attention of a pack with this prefix is shared out to ranks; None: it is not (see `ulysses`)."""
+        return None
 
     def fetch(self, layer: int) -> KeyValue:
         """Keys and values of a layer on the device, in the model's dtype."""
@@ -117,6 +127,13 @@ class DecodeCache:
         self.capacity = capacity
         self.layers: dict[int, KeyValue] = {}
         self.lengths: torch.Tensor | None = None  # [B] tokens written so far
+        self.rows: list[Hashable] = []  # [B] which of the sequences that it began with these are
+        self.of_all: DecodeCache | None = None  # of all ranks' sequences, where attention is shared out (`ulysses`)
+
+    def begin(self, count: int, device: torch.device) -> None:
+        """For so many sequences, of which nothing is written yet."""
+        self.lengths = torch.zeros(count, dtype=torch.long, device=device)
+        self.rows = list(range(count))
 
     def buffers(self, layer: int, batch: int, like: torch.Tensor) -> KeyValue:
         """Those of a layer; like: new keys [T, G, D]."""
@@ -131,6 +148,7 @@ class DecodeCache:
         for i, (k, v) in self.layers.items():  # layer by layer: not all of them twice
             self.layers[i] = (k[rows], v[rows])
         self.lengths = self.lengths[rows]
+        self.rows = [self.rows[i] for i in rows.tolist()]
 
 
 class Branching:
@@ -209,6 +227,8 @@ class PackedSequences:
                     f"sequences, got {branches}"
                 )
             lengths = [trunk + sum(ends) for trunk, ends in zip(trunks, branches, strict=True)]
+        self.trunks = trunks
+        self.branches = branches
         self.lengths = lengths
         self.prefixes = prefixes
         self.cache = cache
@@ -227,10 +247,12 @@ class PackedSequences:
         if prefixes is not None:
             before = [p.length for p, n in prefixes for _ in range(n)]
             positions = positions + torch.tensor(before)[self._row]
+        if capture is not None:
+            positions = positions + capture.begin
         positions = positions.to(device)
         if cache is not None:
             if cache.lengths is None:
-                cache.lengths = torch.zeros(len(lengths), dtype=torch.long, device=device)
+                cache.begin(len(lengths), self.device)
             row, column = self._row.to(device), self._column.to(device)
             positions = positions + cache.lengths[row]  # `advance` moves it once the forward is done
             self.cache_slots = (row, cache.lengths[row] + column)
@@ -275,9 +297,16 @@ class PackedSequences:
         """Slots of the cache that any query sees."""
         return int((self.seqused - torch.tensor(self.lengths, device=self.device)).max()) + self.longest
 
+    @cached_property
+    def exchange(self) -> Exchange | None:
+        """How its attention is shared out to ranks; None: it is not. Where it is, the first use is a collective."""
+        shared = self.capture if self.prefixes is None else self.prefixes[0][0]
+        return None if shared is None else shared.exchange(self)
+
     @property
     def takes_gradient(self) -> bool:
-        return self.prefixes is None and self.cache is None and self.branching is None
+        is_alone = self.prefixes is None and self.cache is None and self.branching is None
+        return is_alone and self.exchange is None
 
     def extend_cache(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeyValue:
         """Write this pack's keys and values [T, G, D] behind those of their sequences; returns [B, capacity, G, D]."""

@@ -11,6 +11,10 @@ from fastft.optim.bias_adamw import BiasAdamW
 
 __all__ = ["LR_SCALE", "BiasAdamW", "build_optimizer", "learning_rate"]
 
+# The optimizers of bitsandbytes. Paged (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): state of tensors of 100,000
+# elements and more is in CUDA's unified memory, which the driver moves to the host where the GPU has no room.
+BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+
 LR_SCALE = "lr_scale"  # in a parameter group: its learning rate over the schedule's
 
 
@@ -37,9 +41,9 @@ def build_optimizer(
         return torch.optim.AdamW(parameters, fused=True, **settings)
     if kind in ("bias_adamw", "bias_adamw_8bit"):
         return BiasAdamW(parameters, **settings, state_bits=8 if kind == "bias_adamw_8bit" else 32)
-    import bitsandbytes  # slow to import; only the 8-bit optimizer needs it
+    import bitsandbytes  # slow to import; only its own optimizers need it
 
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return getattr(bitsandbytes.optim, BITSANDBYTES[kind])(parameters, **settings)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

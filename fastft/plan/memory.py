@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from fastft.config import Config
 from fastft.distributed import GATHER_BYTES, REDUCE_BUCKET
+from fastft.models.ulysses import check_heads, deal
 from fastft.ops.frozen_weight import TILE_BYTES
+from fastft.optim import BITSANDBYTES
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import MIB, Device
 from fastft.plan.trace import ACTIVATIONS, LIVE, LOGITS, Pass, Tracer
@@ -65,6 +67,8 @@ class Memory:
         self.config, self.counts, self.tracer, self.workload = config, counts, tracer, workload
         self.device, self.ranks = device, ranks
         self.itemsize = ITEMSIZE[config.model.dtype]
+        self.sharing = sharing_ranks(config, ranks)
+        self.kv_width = largest_share(counts, self.sharing) * counts.kv_width  # of a rank's keys behind a context
 
     def phases(self) -> list[Phase]:
         found = [] if self.device.is_cpu else [self._load()]
@@ -137,7 +141,9 @@ class Memory:
         device["adapters"] += c.bias_copies * b
         device["adapters"] += c.added * b // (self.ranks if d.zero_stage == 3 else 1)
         has_master = d.zero_stage > 0 or b == 2
-        held["optimizer"] += (4 * share if has_master else 0) + optimizer_state_bytes(self.config, c, share)
+        paged = 0 if self.device.is_cpu else paged_bytes(self.config, c, share)
+        held["optimizer"] += (4 * share if has_master else 0) + optimizer_state_bytes(self.config, c, share) - paged
+        host["optimizer"] += paged
         if d.zero_stage == 0 or d.zero_stage == 1:
             device["gradients"] += n * b
         else:
@@ -218,7 +224,7 @@ class Memory:
         if not trained and self.config.has_host_layers:
             # Everything goes through one layer before the next: hidden states wait on the host, of the contexts' keys
             # and values there is one layer, unless answers are generated behind them.
-            tokens = sum(self.workload.contexts) + sum(self.workload.sequences)
+            tokens = sum(self.workload.contexts) // self.sharing + sum(self.workload.sequences)
             host["live_layer"] += tokens * self.counts.hidden * self.itemsize
             if not any(ask.new for ask in self.workload.asked):
                 moment["prefix"] = self._prefix_bytes(sum(self.workload.contexts)) // self.counts.layers
@@ -228,28 +234,29 @@ class Memory:
         return self.device.is_cpu and self.config.model.quantization != "none"
 
     def _encode(self, tokens: int) -> Counter[str]:
-        trace = self._peak(Pass((tokens,), 0, capture=True))
-        prefix = 2 * self.counts.layers * self.counts.kv_width * self.itemsize * tokens
+        trace = self._peak(Pass((tokens,), 0, capture=True, ranks=self.sharing))
+        prefix = int(2 * self.counts.layers * self.kv_width * self.itemsize * tokens)
         return Counter(prefix=self._prefix_bytes(tokens), live_layer=sum(trace.values()) - prefix)
 
     def _ask(self, ask: Ask, *, in_context: bool, loss: str = "ce") -> Counter[str]:
         size = self.config.evaluate.batch_size
         ask = replace(ask, lengths=tuple(sorted(ask.lengths)[-size:]))  # where the planner tries a smaller batch
-        trace = self._peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss))
+        ranks = self.sharing if in_context and ask.context else 1
+        trace = self._peak(Pass(ask.lengths, sum(ask.lengths), loss="none" if ask.new else loss, ranks=ranks))
         found = Counter(live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0))
         if in_context:
             found["prefix"] = self._prefix_bytes(ask.context)
         if ask.new:
-            width = 2 * self.counts.kv_width * self.itemsize
-            found["decode_cache"] = ask.cache_tokens * width * self.counts.layers
+            width = self.kv_width * ranks if ranks > 1 else self.counts.kv_width  # of all ranks' sequences
+            found["decode_cache"] = int(ask.cache_tokens * 2 * width * self.itemsize * self.counts.layers)
             vocabulary = self.counts.head // self.counts.hidden
             found["logits"] = len(ask.lengths) * vocabulary * (self.itemsize + 4)
         return found
 
     def _prefix_bytes(self, tokens: int) -> int:
-        """Keys and values of a context; as int8 with a float32 scale for each vector of a head."""
+        """Keys and values of a context on a rank; as int8 with a float32 scale for each vector of a head."""
         c = self.counts
-        numbers = 2 * c.layers * c.kv_width * tokens
+        numbers = int(2 * c.layers * self.kv_width * tokens)
         if self.config.model.prefix == "int8":
             return numbers + 4 * numbers // c.head_size
         return numbers * self.itemsize
@@ -263,6 +270,18 @@ class Memory:
 
 
 SHARED_MEMORY = 66 * 2**20  # DeepSpeed's buffers for all-reduce between processes on one CPU
+
+
+def sharing_ranks(config: Config, ranks: int) -> int:
+    """How many ranks encode a context together."""
+    return ranks if config.model.sequence_parallel == "ulysses" else 1
+
+
+def largest_share(counts: Counts, ranks: int) -> float:
+    """Of the key/value heads, and so of attention, what the rank with the most of them has."""
+    heads = counts.kv_width // counts.head_size
+    check_heads(heads, ranks)
+    return deal(heads, ranks)[0] / heads
 
 
 def offloaded_layers(config: Config, counts: Counts) -> int:
@@ -295,12 +314,24 @@ def optimizer_kind(config: Config) -> str:
     return "bias_adamw" if peft.kind == "bitfit" and not peft.train_embeddings else "adamw"
 
 
+def paged_bytes(config: Config, counts: Counts, share: int) -> int:
+    """Of m and v, what bitsandbytes has in unified memory: tensors of 100,000 elements and more, scales apart.
+
+    ZeRO gives the optimizer flat parts of many parameters.
+    """
+    kind = optimizer_kind(config)
+    if not kind.startswith("paged_"):
+        return 0
+    sizes = [share] if config.deepspeed.zero_stage else counts.trained_sizes
+    return sum(n for n in sizes if n >= 100_000) * (2 if kind.endswith("_8bit") else 8)
+
+
 def optimizer_state_bytes(config: Config, counts: Counts, share: int) -> int:
     """m and v: float32, or 8-bit codes with a float32 scale for 256 of them."""
     kind = optimizer_kind(config)
     if not kind.endswith("_8bit"):
         return 8 * share
     eight_bit = share
-    if kind == "adamw_8bit" and config.deepspeed.zero_stage == 0:  # bitsandbytes leaves small tensors in float32
+    if kind in BITSANDBYTES and config.deepspeed.zero_stage == 0:  # bitsandbytes leaves small tensors in float32
         eight_bit = sum(n for n in counts.trained_sizes if n >= 4096)
     return int(eight_bit * (2 + 2 * 4 / 256)) + 8 * (share - eight_bit)

@@ -159,6 +159,10 @@ class Planner:
             axis("model.quantization", *{"none": ("int8", "nf4"), "int8": ("nf4",)}.get(c.model.quantization, ()))
         if self.workload.contexts:
             axis("model.prefix", *(("int8",) if self.device.is_cpu else ("int8", "host")))
+            kv_heads = self.counts.kv_width // self.counts.head_size
+            online = c.method == "distill" and c.distill.teacher == "online"
+            if 1 < self.ranks <= kv_heads and c.method in ("icl", "distill") and not online:
+                axis("model.sequence_parallel", "ulysses")
         if not self.device.is_cpu and c.deepspeed.nvme_path is None:
             zero3 = {"deepspeed.zero_stage": 3}
             offload = [{}, {**zero3, "deepspeed.offload_param": "cpu"}]

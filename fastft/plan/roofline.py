@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from fastft.config import Config
 from fastft.plan.architecture import ITEMSIZE, Counts
 from fastft.plan.hardware import Device
-from fastft.plan.memory import base_bytes, offloaded_layers, optimizer_kind
+from fastft.plan.memory import base_bytes, largest_share, offloaded_layers, optimizer_kind, paged_bytes, sharing_ranks
 from fastft.plan.workload import Workload
 
 STEP_PARTS = {
@@ -44,6 +44,7 @@ class Roofline:
         self.itemsize = ITEMSIZE[config.model.dtype]
         self.rate = device.flops(config.model.dtype)
         self.weights = sum(base_bytes(counts, config))
+        self.sharing = sharing_ranks(config, ranks)
 
     # Operations.
 
@@ -105,21 +106,40 @@ class Roofline:
         found = {}
         context = max(w.contexts, default=0)
         if w.contexts and (config.method != "distill" or config.distill.teacher == "stored" or w.asked):
-            prefill = sum(self._bound(self.forward_flops([n]), 1) for n in w.contexts)
-            found["contexts"] = prefill + self._dequantise(len(w.contexts))
+            prefill = sum(self._bound(self._of_rank([n], 0, self.sharing), 1) for n in w.contexts)
+            found["contexts"] = prefill + self._dequantise(len(w.contexts)) + self._exchange(sum(w.contexts))
         if config.method == "distill" and config.distill.teacher == "stored":
             forwards = -(-len(w.sequences) // config.evaluate.batch_size)
-            flops = self.forward_flops(w.sequences, context)
-            found["teach"] = max((self._bound(flops, forwards) + self._dequantise(forwards)) / self.ranks, crossing)
+            flops, passes = self._of_rank(w.sequences, context, self.ranks), forwards / self.ranks
+            seconds = self._bound(flops, passes) + self._dequantise(passes)
+            found["teach"] = max(seconds, crossing) + self._exchange(sum(w.sequences))
         if config.method != "icl":
             found["train"] = step_s * config.train.steps
         if w.evaluated_tokens:
             linear = self.linear_flops(w.evaluated_tokens)
             pairs = self.attention_flops(w.evaluated_tokens * context)
             times = {"icl": (1, 1), "distill": (3, 1)}.get(config.method, (1, 0))  # evaluations, of them in context
-            asked = (times[0] * linear + times[1] * pairs) / self.rate / self.ranks
-            found["evaluate"] = max(asked, times[0] * crossing)
+            asked = (times[0] * linear / self.ranks + times[1] * pairs * self._share(self.ranks)) / self.rate
+            found["evaluate"] = max(asked, times[0] * crossing) + times[1] * self._exchange(w.evaluated_tokens)
         return found
+
+    def _share(self, ranks: int) -> float:
+        """Of attention that is dealt out to ranks, what the one with the most of it does."""
+        return largest_share(self.counts, ranks) if self.sharing > 1 else 1 / ranks
+
+    def _of_rank(self, lengths: Iterable[int], context: int, ranks: int) -> float:
+        """Of `forward_flops` what a rank does, where the tokens are dealt out to so many."""
+        lengths = list(lengths)
+        linear = self.linear_flops(sum(lengths))
+        return linear / ranks + (self.forward_flops(lengths, context) - linear) * self._share(ranks)
+
+    def _exchange(self, tokens: float) -> float:
+        """Queries, keys, values and outputs of a rank's tokens on their way to the other ranks' heads and back."""
+        if self.sharing == 1:
+            return 0.0
+        numbers = 2 * (self.counts.query_width + self.counts.kv_width) * self.counts.layers
+        others = (self.ranks - 1) / self.ranks
+        return others * tokens / self.ranks * numbers * self.itemsize / self.device.link
 
     def _recomputed(self, tokens: float) -> tuple[float, float]:
         """Of a forward's linears and of its products of scores and values, the shares that backward computes again.
@@ -136,7 +156,7 @@ class Roofline:
     def _seconds(self, flops: float, nbytes: float) -> float:
         return max(flops / self.rate, nbytes / self.device.bandwidth)
 
-    def _bound(self, flops: float, passes: int) -> float:
+    def _bound(self, flops: float, passes: float) -> float:
         """A forward or backward that reads all linears once for each of its passes."""
         return self._seconds(flops, passes * self.counts.linear * self.itemsize)
 
@@ -160,13 +180,17 @@ class Roofline:
         return share * (state + 2 * 4 + 2 * self.itemsize) / self.device.bandwidth
 
     def _link(self, passes: float) -> float:
-        """Weights that live on the host cross once a pass, gradients and new parameters once a step."""
+        """Weights that live on the host cross once a pass, gradients and new parameters once a step, or paged state
+        there and back.
+        """
         d = self.config.deepspeed
         if self.device.is_cpu:
             return 0.0
         nbytes = passes * self.weights / self.ranks if d.offload_param != "none" else 0.0
         if d.offload_optimizer != "none":
             nbytes += 2 * self.counts.trained / self.ranks * self.itemsize
+        share = self.counts.trained // (self.ranks if d.zero_stage else 1)
+        nbytes += 2 * paged_bytes(self.config, self.counts, share)
         return nbytes / self.device.link
 
     def _offloading(self, tokens: float, forward: float, backward: float) -> float:

@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,14 +22,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from fastft.config import PeftConfig
+from fastft.distributed import Ranks
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
 from fastft.models.recompute import checkpoint_activations
 from fastft.models.tiled_mlp import tile_mlps
+from fastft.models.ulysses import Exchange, SharedPrefix
 from fastft.ops import linear_cross_entropy, linear_log_softmax_kl
 from fastft.ops._common import chunk_size
 from fastft.plan import architecture
 
+T = TypeVar("T")
 ACTIVATIONS, LIVE, LOGITS = "activations", "live layer", "logits chunk"
 
 
@@ -39,7 +42,8 @@ class Pass:
 
     lengths: tokens of the sequences in the pack. targets: rows that go through the head. capture: the pack is a context
     whose keys and values are kept. loss: "kl" against the teacher's hidden states, "ce", or "none". checkpointing:
-    train.activation_checkpointing. mlp_tile: model.mlp_tile.
+    train.activation_checkpointing. mlp_tile: model.mlp_tile. ranks: so many share its attention
+    (model.sequence_parallel): the tokens of a context are dealt out to them, or each has a pack of these lengths.
     """
 
     lengths: tuple[int, ...]
@@ -49,6 +53,33 @@ class Pass:
     loss: str = "none"
     checkpointing: str | int = "none"
     mlp_tile: int | None = None
+    ranks: int = 1
+
+
+class Alike(Ranks):
+    """The first of ranks that do the same and send each other tensors without data."""
+
+    def gather(self, value: T) -> list[T]:
+        return [value] * self.world_size
+
+    def all_to_all(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        return x.new_empty(sum(received))
+
+
+def _packed(job: Pass) -> PackedSequences:
+    """What a rank has in the decoder."""
+    ranks, lengths = Alike(0, job.ranks), list(job.lengths)
+    if job.capture:
+        shares = job.ranks > 1 and job.lengths[0] >= job.ranks
+        prefix = SharedPrefix(lengths[0], ranks) if shares else Prefix()
+        packed = PackedSequences([prefix.end - prefix.begin] if shares else lengths, capture=prefix)
+        packed.exchange  # noqa: B018 (made where tensors have data)
+        return packed
+    packed = PackedSequences(lengths)
+    if job.ranks > 1:
+        whole = PackedSequences(lengths * job.ranks)
+        packed.exchange = Exchange(ranks, [sum(lengths)] * job.ranks, whole)
+    return packed
 
 
 class Tracker(TorchDispatchMode):
@@ -146,15 +177,14 @@ class Tracer:
 
     def _run(self, job: Pass, layers: int) -> Counter[str]:
         model = architecture.build(self.model_config, dtype=self.dtype, layers=layers)
-        prefix = Prefix() if job.capture else None
-        packed = PackedSequences(list(job.lengths), capture=prefix)
+        packed = _packed(job)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = model.to_empty(device="cpu")
             trained = architecture.inject(model, self.peft, self.num_labels) if job.trains else {}
             for parameter in trained.values():  # DeepSpeed takes a gradient as soon as it is there
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             lm = PackedCausalLM(model)
-            ids = torch.zeros(1, sum(job.lengths), dtype=torch.long)
+            ids = torch.zeros(1, sum(packed.lengths), dtype=torch.long)
             tracker = Tracker([*model.parameters(), *model.buffers(), ids])
             if job.mlp_tile:
                 tile_mlps(lm, job.mlp_tile)

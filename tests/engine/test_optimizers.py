@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastft.engine import base
 from tests.conftest import losses
 
 
@@ -36,6 +37,45 @@ def test_bias_adamw_trains_as_adamw_does(base_config, launch, tmp_path, stage):
     torch.testing.assert_close(found["bias_adamw"], found["adamw"], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["bias_adamw_8bit"], found["adamw"], rtol=2e-2, atol=0)
     assert not torch.equal(found["bias_adamw_8bit"], found["adamw"])
+
+
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_paged_state_is_written_and_read_in_its_own_memory(base_config, launch, tmp_path, monkeypatch, stage, name):
+    """Unified memory being plain memory here: the losses are those without pages, and a run resumes bit for bit."""
+    optimizer = pytest.importorskip("bitsandbytes.optim.optimizer")
+    buffers, prefetched = [], set()
+
+    def unified(self, p, dtype=torch.float32):
+        buffer = torch.zeros_like(p, dtype=dtype)
+        if self.is_paged:
+            buffer.is_paged = True
+            buffers.append(buffer)
+        return buffer
+
+    monkeypatch.setattr(optimizer.Optimizer8bit, "get_state_buffer", unified)
+    monkeypatch.setattr(optimizer.F, "prefetch_tensor", lambda x: prefetched.add(id(x)))
+    shared = {"save_every": 2, "schedule": "constant"}
+    raw = config(base_config, tmp_path, "paged", name, stage, **shared)
+    raw["peft"] = {"kind": "lora", "r": 4}
+    refused = launch(raw)
+    unpaged = name.removeprefix("paged_")
+    assert refused.returncode == 1 and f"train.optimizer={name} needs a GPU" in refused.stderr
+    assert f"use train.optimizer={unpaged}" in refused.stderr and not buffers
+    monkeypatch.setattr(base, "refuse_what_needs_a_gpu", lambda config: None)
+    straight = run(launch, raw)
+    count = len(buffers)
+    assert count and {id(x) for x in buffers} == prefetched
+    plain = {**raw, "output_dir": str(tmp_path / "plain"), "train": {**raw["train"], "optimizer": unpaged}}
+    # torch's AdamW rounds in another order than bitsandbytes' in 32 bits.
+    torch.testing.assert_close(run(launch, plain), straight, rtol=0 if unpaged.endswith("8bit") else 1e-5, atol=0)
+    buffers.clear(), prefetched.clear()
+    resumed = {**raw, "output_dir": str(tmp_path / "resumed")}
+    run(launch, resumed, "train.steps=4")
+    buffers.clear(), prefetched.clear()
+    assert torch.equal(run(launch, resumed, "resume=auto"), straight)
+    # What was read lies in pages, and no copy of it elsewhere.
+    assert len(buffers) == count and {id(x) for x in buffers} == prefetched
 
 
 def test_two_processes_under_zero_3(base_config, launch, tmp_path):

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from fastft import peft
 from fastft.cli import main
 from fastft.config import load_config, validate
-from fastft.errors import FastftError
+from fastft.errors import FastftError, ModelError
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
@@ -22,6 +22,7 @@ from fastft.ops import linear_log_softmax_kl
 from fastft.plan import architecture, hardware
 from fastft.plan.memory import Phase
 from fastft.plan.planner import Planner, apply, planner
+from fastft.plan.roofline import Roofline
 from fastft.plan.trace import ACTIVATIONS, LIVE, LOGITS, Pass, Tracer
 from fastft.plan.workload import Ask
 from tests.conftest import ROOT
@@ -131,6 +132,52 @@ def test_memory_of_a_rank_falls_with_the_ranks():
     assert parts[3]["gradients"] <= 6 * n / 4
 
 
+def test_ranks_that_encode_a_context_together_hold_a_part_of_it_each():
+    """Four ranks, a context of 65,536 tokens: its keys and values, the layer at work, and how long it takes."""
+    llama_8b = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+    )
+    asked = workload([65536], [64] * 256, [Ask(65536, (32,) * 16, 24)])
+    gpu = dataclasses.replace(hardware.GPUS["h100"], link=1e30)  # the exchange takes no time
+    prepared = Planner(config(), llama_8b, asked, device=gpu, ranks=4)
+    alone = prepared.plan()
+    together = prepared.plan(apply(prepared.config, {"model.sequence_parallel": "ulysses"}))
+    parts = [next(p.device for p in plan.phases if p.name == "teach") for plan in (alone, together)]
+    assert parts[0]["prefix"] == 65536 * 131072 and parts[1]["prefix"] == parts[0]["prefix"] // 4
+    assert parts[1]["live_layer"] == pytest.approx(parts[0]["live_layer"] / 4, rel=1e-3)  # its MLP
+    # With a tiled MLP attention is the highest moment, and there the exchange has buffers of its own.
+    tiled = [prepared.tracer.peak(Pass((65536,), 0, capture=True, mlp_tile=2048, ranks=n)) for n in (1, 4)]
+    live = [sum(trace.values()) - part["prefix"] for trace, part in zip(tiled, parts, strict=True)]
+    assert 0.26 < live[1] / live[0] < 0.3
+    assert together.run["contexts"] == pytest.approx(alone.run["contexts"] / 4)
+    assert together.run["teach"] == pytest.approx(alone.run["teach"])
+    assert {"model.sequence_parallel": "ulysses"} in prepared.changes()
+    too_many = Planner(config(), llama_8b, asked, device=gpu, ranks=16)
+    assert not any("model.sequence_parallel" in change for change in too_many.changes())
+    with pytest.raises(ModelError, match="has 8 for 16 processes"):
+        too_many.plan(apply(prepared.config, {"model.sequence_parallel": "ulysses"}))
+
+
+def test_the_exchange_takes_time_and_uneven_heads_do():
+    prepared = small_planner(ranks=2)
+    config, counts = prepared.config, prepared.counts
+    shared = apply(config, {"model.sequence_parallel": "ulysses"})
+    gpu = dataclasses.replace(hardware.GPUS["h100"], link=1e30)
+    three = dataclasses.replace(counts, kv_width=3 * counts.head_size)
+    times = [Roofline(shared, c, workload([4096]), gpu, 2).phases(0.0)["contexts"] for c in (counts, three)]
+    assert times[1] > times[0]
+    slow = dataclasses.replace(gpu, link=1e9)
+    time = Roofline(shared, counts, workload([4096]), slow, 2).phases(0.0)["contexts"]
+    rows = 2 * (counts.query_width + counts.kv_width) * counts.layers
+    assert time - times[0] == pytest.approx(2048 * rows * 2 / 2 / 1e9)  # half of a rank's tokens' rows, in 16 bits
+
+
 def test_offloading_moves_bytes_to_the_host():
     prepared = small_planner()
     stay, change = {"deepspeed.zero_stage": 3}, {"deepspeed.offload_optimizer": "cpu", "deepspeed.offload_param": "cpu"}
@@ -203,6 +250,23 @@ def test_an_8_bit_optimizer_saves_nothing_with_bitfit():
     assert "nothing beside the base" in small.notes[0]
     assert not plain.notes
     assert not any("train.optimizer" in change for change in prepared.changes())
+
+
+def test_paged_state_is_on_the_host_where_its_tensors_are_large():
+    """LoRA on OPT-125M without ZeRO: of its matrices, 16 x 768 and 16 x 3072, none is large enough; flat they are."""
+    prepared = small_planner()
+    found = {}
+    for stage in (0, 2):
+        for name in ("adamw", "paged_adamw", "paged_adamw_8bit"):
+            change = {"deepspeed.zero_stage": stage, "train.optimizer": name}
+            phase, n = train_phase(prepared, change), prepared.counts.trained
+            found[stage, name] = phase.device.get("optimizer", 0) / n, phase.host.get("optimizer", 0) / n
+    assert found[0, "paged_adamw"] == found[0, "adamw"] == (12, 0)
+    assert found[2, "adamw"] == (12, 0) and found[2, "paged_adamw"] == (4, 8)
+    assert found[2, "paged_adamw_8bit"] == (pytest.approx(4 + 8 / 256, rel=1e-3), 2)
+    change = {"deepspeed.zero_stage": 2, "train.optimizer": "paged_adamw"}
+    step = prepared.plan(apply(prepared.config, change)).step
+    assert step["link"] == pytest.approx(2 * 8 * prepared.counts.trained / prepared.device.link)
 
 
 def test_changes_are_values_that_a_config_takes():
