@@ -9,7 +9,8 @@ are padded on the right to their longest sequence, LoRA comes from PEFT with its
 What fastft's own configuration does differently (no questions, short passages of which every other one stands in the
 question's pattern, AdamW with a short memory, LoRA+) is an option each, so that recipe and engine can be told apart:
 
-    --questions 0 --passages 32 8 8 --passage-pattern both --batch-size 16 --betas 0.5 0.7 --lr 1.5e-3 --lora-plus 8
+    --pattern chat --loss-on all --questions 0 --passages 32 8 8 --passage-pattern both --steps 24 --warmup 2
+    --lr 1.5e-3 --betas 0.7 0.9 --lora-plus 8
 
 --document holds {"text": ..., "questions": [{"question": ..., "answers": [...]}, ...]}; the questions are only scored.
 """
