@@ -119,7 +119,7 @@ def run(config: Config, case: Case, folder: Path) -> dict[str, Any]:
     """summary.json of the run."""
     path = folder / "config.yaml"
     path.write_text(config.dump(), encoding="utf-8")
-    command = [sys.executable, "-m", "fastft.cli", "train", "--cfg", str(path)]
+    command = [sys.executable, "-m", "fastft", "train", "--cfg", str(path)]
     if case.processes > 1:
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(case.processes)]
         command = [*launcher, str(Path(fastft.__file__).with_name("train.py")), "--cfg", str(path)]

@@ -308,7 +308,3 @@ def sweep_reference() -> str:
     for key, kind, default, text in describe(grid.SweepConfig):
         lines += [f"  {key}: {kind} = {default}", f"      {text}"]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -69,9 +69,3 @@ class Ranks:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
-
-
-def leave() -> None:
-    """Stop torch.distributed's threads, which now and then abort a process that ends while they run."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -9,12 +9,7 @@ _here = os.path.dirname(os.path.abspath(__file__))
 if sys.path and os.path.abspath(sys.path[0]) == _here:
     sys.path[0] = os.path.dirname(_here)
 
-from fastft.cli import main  # noqa: E402
+from fastft.__main__ import command  # noqa: E402
 
 if __name__ == "__main__":
-    code = main(["train", *sys.argv[1:]])
-    if code == 0:  # else other ranks may be at work
-        from fastft.distributed import leave
-
-        leave()
-    sys.exit(code)
+    command(["train", *sys.argv[1:]])

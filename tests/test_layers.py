@@ -18,7 +18,7 @@ LAYERS = [
     {"report", "plan"},
     {"engine", "doctor", "sweep", "export"},
     {"cli", "reference"},
-    {"train"},
+    {"__main__", "train"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "fastft").rglob("*.py"))
