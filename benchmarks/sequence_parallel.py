@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastft.config import DistillConfig
 from fastft.data.sequences import Sequence, Window
 from fastft.distributed import Ranks
+from fastft.engine.launch import MALLOC_LIMITS
 from fastft.methods.distill import teach
 from fastft.models.attention import IMPLEMENTATION
 from fastft.models.causal import PackedCausalLM
@@ -138,7 +139,8 @@ def main() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(256 * 2**10))  # as a run's `_return_freed_memory`
+    for variable, (_, limit) in MALLOC_LIMITS.items():  # as in a run
+        os.environ.setdefault(variable, str(limit))
     ours, theirs = mp.get_context("spawn").Pipe(duplex=False)
     mp.spawn(work, (args, port, theirs), args.ranks)
     found, error = ours.recv()

@@ -6,6 +6,7 @@
 
 #include "fastft/cpu_capability.h"
 #include "ops.h"
+#include "scratch.h"
 #include "util.h"
 
 namespace fastft {
@@ -108,8 +109,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     const int64_t blocks = first_block.back(), head_bytes = blocks * attention_block_bytes(args);
     const int64_t heads_at_once =
         std::clamp(kPackedBytes / std::max<int64_t>(head_bytes, 1), int64_t(1), args.kv_heads);
-    const Tensor packed = torch::stable::new_empty(q, {heads_at_once * head_bytes}, ScalarType::Byte);
-    args.packed = packed.data_ptr();
+    const Scratch packed(heads_at_once * head_bytes);
+    args.packed = packed.data();
 
     cpu_capability();  // an error of its environment variable must not leave a worker thread
     for (; args.first_kv_head < args.kv_heads; args.first_kv_head += heads_at_once) {
@@ -164,17 +165,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
     const int64_t heads_at_once =
         std::clamp(kPackedBytes / std::max<int64_t>(key_bytes + query_bytes, 1), int64_t(1), args.kv_heads);
     const int64_t rows = attention_rows(args);
-    const auto scratch = [&](int64_t count, ScalarType dtype) {
-        return torch::stable::new_empty(q, {heads_at_once * count}, dtype);
+    int64_t bytes = 0;
+    const auto place = [&](int64_t of_a_head) {
+        const int64_t begin = bytes;
+        bytes += (heads_at_once * of_a_head + kLine - 1) / kLine * kLine;
+        return begin;
     };
-    const Tensor packed_keys = scratch(key_bytes, ScalarType::Byte);
-    const Tensor packed_queries = scratch(query_bytes, ScalarType::Byte);
-    const Tensor gathered = scratch(2 * rows * args.head_size, q.scalar_type());
-    const Tensor stats = scratch(2 * attention_stats(args), lse.scalar_type());
-    args.packed_keys = packed_keys.data_ptr();
-    args.packed_queries = packed_queries.data_ptr();
-    args.rows = gathered.data_ptr();
-    args.stats = stats.data_ptr();
+    const int64_t places[] = {place(key_bytes), place(query_bytes),
+                              place(2 * rows * args.head_size * static_cast<int64_t>(q.element_size())),
+                              place(2 * attention_stats(args) * static_cast<int64_t>(lse.element_size()))};
+    const Scratch scratch(bytes);
+    args.packed_keys = scratch.data() + places[0];
+    args.packed_queries = scratch.data() + places[1];
+    args.rows = scratch.data() + places[2];
+    args.stats = scratch.data() + places[3];
 
     cpu_capability();  // an error of its environment variable must not leave a worker thread
     const auto units_of = [](int64_t n) { return (n + kAttentionQueries - 1) / kAttentionQueries; };

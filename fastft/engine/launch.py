@@ -39,7 +39,7 @@ def start(threads_per_rank: int | None) -> Ranks:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads_per_rank or max(1, cores // local_size))
     device = torch.device("cpu")
-    _return_freed_memory()
+    _limit_malloc()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -65,19 +65,24 @@ def start(threads_per_rank: int | None) -> Ranks:
     return ranks
 
 
-MMAP_THRESHOLD = 256 * 2**10
-M_MMAP_THRESHOLD = -3  # its name in glibc's malloc.h
+# glibc's limits, their names in its malloc.h, and the variables with which users set them
+MALLOC_LIMITS = {
+    "MALLOC_MMAP_THRESHOLD_": (-3, 2 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 64 * 2**20),
+}
 
 
-def _return_freed_memory() -> None:
-    """Let blocks of 256 KiB and more be mapped one by one, and go back to the system when they are freed.
+def _limit_malloc() -> None:
+    """Let large blocks be mapped one by one and go back to the system when they are freed, and small ones be kept.
 
-    glibc raises that limit up to 32 MiB as large blocks are freed. Activations then come from its heap, whose holes
-    between long-lived and short-lived tensors made a training step hold 1.4 times what its tensors take.
+    glibc raises the size of the former up to 32 MiB as large blocks are freed. Activations then come from its heap,
+    whose holes between long-lived and short-lived tensors made a training step hold 1.4 times what its tensors take.
+    Where all blocks of 256 KiB are mapped, on the other hand, fresh pages were a third of a step of 300 tokens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    for variable, (name, limit) in MALLOC_LIMITS.items():
+        if mallopt is not None and variable not in os.environ:
+            mallopt(name, limit)
 
 
 def _unlink_shared_memory() -> None:
