@@ -62,7 +62,7 @@ class Demonstrations(FewShot):
                 "content-free input does not have; set icl.calibrate=false or choose a pattern with label words"
             )
         examples = icl.content_free_examples(self.asked[self.task][0])
-        queries = self.encode(examples, base.text, loading.max_positions(base.lm.model))
+        queries = self.encode(examples, base.text, loading.max_positions(base.lm.model.config))
         content_free = self.ask(base, queries, ranks, prefix=prefix)
         return {
             name: replace(answered, predictions=icl.calibrate(answered.predictions, content_free))
@@ -81,7 +81,7 @@ class Demonstrations(FewShot):
         distill.loss_on=all matches every position of the query.
         """
         config, text = self.config, base.text
-        positions = loading.max_positions(base.lm.model)
+        positions = loading.max_positions(base.lm.model.config)
         window = Window(self.task, "", self.encode_context(text))
         unseen = [e for e in self.train if e not in self.shots]
         if not unseen:

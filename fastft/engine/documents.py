@@ -59,7 +59,7 @@ class Documents:
         """Contexts, student sequences and scored questions as token ids."""
         config, text = self.config, base.text
         data, queries = config.data, config.queries
-        positions = loading.max_positions(base.lm.model)
+        positions = loading.max_positions(base.lm.model.config)
 
         def windows_of(document: Document) -> list[Window]:
             reserve = distill.query_reserve(document, config, text)

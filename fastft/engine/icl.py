@@ -47,7 +47,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     out.line(f"{described}  {stage}")
     loaded = time.monotonic()
 
-    sets = few_shot.encode_sets(base.text, loading.max_positions(base.lm.model))
+    sets = few_shot.encode_sets(base.text, loading.max_positions(base.lm.model.config))
     context = few_shot.encode_context(base.text)
     prefix = base.lm.encode_prefix(context) if context else None
     if prefix:

@@ -57,7 +57,7 @@ class Labelled(FewShot):
 
     def prepare(self, base: Base, ranks: Ranks, out: Reporter) -> Prepared:
         """A sequence is an example's query, completed by its label."""
-        positions = loading.max_positions(base.lm.model)
+        positions = loading.max_positions(base.lm.model.config)
         shots = self.encode_shots(base)
         return Prepared(
             windows=[],
@@ -71,7 +71,7 @@ class Labelled(FewShot):
 
     def encode_shots(self, base: Base) -> icl.ChoiceSet:
         """What is trained on."""
-        queries = self.encode(self.shots, base.text, loading.max_positions(base.lm.model))
+        queries = self.encode(self.shots, base.text, loading.max_positions(base.lm.model.config))
         return icl.ChoiceSet(queries.prompts, queries.choices, self.task, [e.label for e in self.shots])
 
     def objective(self, base: Base, prepared: Prepared, store: TeacherStore | None) -> Objective:

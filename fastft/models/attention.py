@@ -340,7 +340,7 @@ def packed_attention(
     dropout: float = 0.0,
     packed: PackedSequences | None = None,
     choice: str = "auto",
-    **_,
+    **others,
 ) -> tuple[torch.Tensor, None]:
     """transformers attention interface: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
@@ -350,6 +350,7 @@ def packed_attention(
     """
     if packed is None:
         raise ValueError('attention "fastft" needs packed=PackedSequences(...) in the model call')
+    _refuse(others, packed)
     gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if gradient and not packed.takes_gradient:
         raise RuntimeError("packed_attention: prefixes, branches, decode caches take no gradient; use torch.no_grad()")
@@ -375,6 +376,29 @@ def packed_attention(
     attend = backend.full if backend else attention_with_lse
     shared, shared_lse = _attend_prefix(query, packed, layer, scaling, attend)
     return merge(shared.transpose(1, 2), shared_lse.transpose(1, 2), own, own_lse), None
+
+
+# What decoder layers hand to their attention that says nothing about the scores: `packed` has the positions.
+WITHOUT_MEANING = {"position_ids", "use_cache", "cache_position", "past_key_values", "output_attentions"}
+
+
+def _refuse(others: dict[str, object], packed: PackedSequences) -> None:
+    """Raise ModelError for what a model asks of its attention and this one does not compute."""
+    for name, value in others.items():
+        if value is None or name in WITHOUT_MEANING or (name == "is_causal" and value):
+            continue
+        if name == "sliding_window":
+            if packed.reach > value:
+                raise ModelError(
+                    f"the model's attention sees {value} positions (sliding_window), but a sequence and what is before "
+                    f"it have {packed.reach}, of which fastft would see all; shorten them: data.window.tokens for "
+                    "documents, icl.num_shots for demonstrations"
+                )
+        else:
+            given = "" if isinstance(value, torch.Tensor) else f"={value}"
+            raise ModelError(
+                f"the model's attention has {name}{given}, which fastft does not compute; use a model without it"
+            )
 
 
 def implementation(choice: str) -> str:

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fastft.errors import ModelError
 from fastft.models import flash
@@ -248,9 +255,15 @@ def attention_backend(model: PreTrainedModel, attention: str, device: torch.devi
     return flash.select(attention, device, model.dtype, head_size)
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Length of the position table, or what the model was trained for; None if it says nothing."""
-    return getattr(model.config, "max_position_embeddings", None)
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Length of the position table, or what the model was trained for; None if it says nothing.
+
+    At most the sliding window of a model whose layers have one: fastft's attention sees all that is before a token.
+    """
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    names = ["max_position_embeddings", "sliding_window"] if slides else ["max_position_embeddings"]
+    return min((n for name in names if (n := getattr(config, name, None)) is not None), default=None)
 
 
 def fingerprint(model: PreTrainedModel, weights: str | None = None) -> str:

@@ -249,6 +249,8 @@ class PackedSequences:
             positions = positions + torch.tensor(before)[self._row]
         if capture is not None:
             positions = positions + capture.begin
+        # Positions, of one sequence and what is before it, that attention reaches over; with a cache at most so many.
+        self.reach = int(positions.max()) + 1 + (cache.capacity if cache is not None else 0)
         positions = positions.to(device)
         if cache is not None:
             if cache.lengths is None:

@@ -196,7 +196,7 @@ def count(model_config: PretrainedConfig, config: Config, num_labels: int | None
         head_size=head_dim,
         query_width=heads * head_dim,
         kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
-        positions=loading.max_positions(model),
+        positions=loading.max_positions(model.config),
         trained=sum(p.numel() for p in trained.values()),
         added=sum(p.numel() for p in trained.values() if id(p) not in {id(p) for p in parameters.values()}),
         trained_sizes=tuple(p.numel() for p in trained.values()),

@@ -11,6 +11,7 @@ import psutil
 from transformers import PretrainedConfig
 
 from fastft.config import Config
+from fastft.models import loading
 from fastft.plan import architecture, hardware
 from fastft.plan.architecture import Counts
 from fastft.plan.hardware import Device
@@ -248,6 +249,6 @@ def planner(
 ) -> tuple[Planner, str]:
     """A planner for a config that is not running, and where the model's configuration is from."""
     model_config, source = architecture.find_config(config)
-    workload = estimate(config, getattr(model_config, "max_position_embeddings", None))
+    workload = estimate(config, loading.max_positions(model_config))
     device = hardware.device(name, memory=memory, dtype=config.model.dtype)
     return Planner(config, model_config, workload, device=device, ranks=gpus, host_memory=host_memory), source
