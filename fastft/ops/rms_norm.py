@@ -39,7 +39,8 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     check_like(op, "weight", weight, "x", x, dtype=False)
     allowed = [x.dtype] if x.dtype.itemsize > 2 else [x.dtype, torch.float32]
     if weight.dtype not in allowed:
-        raise ValueError(f"{op}: weight is {weight.dtype}, expected {' or '.join(map(str, allowed))} beside {x.dtype} x")
+        expected = " or ".join(map(str, allowed))
+        raise ValueError(f"{op}: weight is {weight.dtype}, expected {expected} beside {x.dtype} x")
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: x is {shape_of(x)}, expected [..., H] with H of at least 1")
     if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
