@@ -136,7 +136,10 @@ def step(args) -> common.Case:
 
 if __name__ == "__main__":
     p = common.parser(__doc__.splitlines()[0])
+    p.add_argument("--hidden", type=int, nargs="+", default=[h for _, h in SHAPES], help="only shapes of these widths")
     args = p.parse_args()
     forms = [("forward", False), ("forward+backward", False), ("forward+backward", True)]
-    cases = [functools.partial(case, args, shape, *form) for shape in SHAPES for form in forms]
+    cases = [
+        functools.partial(case, args, shape, *form) for shape in SHAPES if shape[1] in args.hidden for form in forms
+    ]
     sys.exit(common.main(args, [*cases, functools.partial(step, args)]))
