@@ -125,11 +125,10 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
-    for (const char* op :
-         {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-          "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer", "dequantise_4bit",
-          "dequantise_8bit", "relu", "relu_backward", "rms_norm", "rms_norm_backward", "row_reduce",
-          "bias_adamw"}) {
+    for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
+                           "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer",
+                           "dequantise_4bit", "dequantise_8bit", "relu", "relu_backward", "rms_norm",
+                           "rms_norm_backward", "row_reduce", "bias_adamw"}) {
         m.impl(op, &no_cuda);
     }
 }

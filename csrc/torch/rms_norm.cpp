@@ -8,8 +8,8 @@
 namespace fastft {
 namespace {
 
-// f(begin, end) over items of `elements` each. A thread gets at least 2^18: to wake another one takes as long as
-// these take here.
+// f(begin, end) over items of `elements` each. A thread gets at least 2^18: to wake another one takes as long
+// as these take here.
 template <class F>
 void run_cpu(int64_t items, int64_t elements, const F& f) {
     cpu_capability();  // an error of its environment variable must not leave a worker thread
@@ -40,7 +40,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
     RmsNormArgs args{};
     set_sizes(args, x, weight);
     Tensor y = torch::stable::new_empty(x, x.sizes(), weight.scalar_type());
-    Tensor rstd = torch::stable::new_empty(x, x.sizes().slice(0, x.sizes().size() - 1), accumulate_type(args.dtype));
+    Tensor rstd =
+        torch::stable::new_empty(x, x.sizes().slice(0, x.sizes().size() - 1), accumulate_type(args.dtype));
     args.y = y.data_ptr();
     args.rstd = rstd.data_ptr();
     args.eps = eps;
