@@ -55,6 +55,10 @@ for dtype in (torch.float32, torch.bfloat16):
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for n in (1, 9, 2049, 40000):
         ops.relu(torch.randn(n + 1, device="cuda").to(dtype)[1:].requires_grad_()).sum().backward()
+    for width in (1, 64, 250, 576, 4100, 8200, 9001):
+        x, w = (torch.randn(s, device="cuda").to(dtype).requires_grad_() for s in ((37, width), (width,)))
+        ops.rms_norm(x, w, 1e-5).sum().backward()
+        ops.rms_norm(x, w.detach().float(), 1e-5).sum().backward()
     for M, K, N, r in ((1, 1, 1, 1), (65, 130, 129, 16), (300, 1100, 72, 20), (64, 128, 256, 64)):
         x, w, A, B = (torch.randn(s, device="cuda").to(dtype) for s in ((M, K + 3), (N, K), (r, K), (N, r)))
         leaves = [x[:, 1 : K + 1].requires_grad_(), A.requires_grad_(), B.requires_grad_()]
@@ -129,6 +133,7 @@ class Suite:
 BENCHES = {
     "bench_bias_adamw": {"bench_bias_adamw": []},
     "bench_relu": {"bench_relu": ["--tokens", "2048"]},
+    "bench_norms": {"bench_norms": []},
     "bench_kl": {
         "bench_kl": ["--model", "opt-30b", "--rows", "2048"],
         "bench_kl_llama": ["--model", "llama-3-8b", "--rows", "2048", "--no-compile"],

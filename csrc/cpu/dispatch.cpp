@@ -14,6 +14,7 @@
 #include "fastft/lora_linear.h"
 #include "fastft/quantise.h"
 #include "fastft/relu.h"
+#include "fastft/rms_norm.h"
 #include "fastft/topk_kl.h"
 
 namespace fastft {
@@ -44,6 +45,9 @@ namespace fastft {
     void quantise_4bit_blocks(const Quantise4bitArgs&, int64_t, int64_t);                 \
     void relu_range(const ReluArgs&, int64_t, int64_t);                                   \
     void relu_backward_range(const ReluBackwardArgs&, int64_t, int64_t);                  \
+    void rms_norm_rows(const RmsNormArgs&, int64_t, int64_t);                             \
+    void rms_norm_backward_chunks(const RmsNormBackwardArgs&, int64_t, int64_t);          \
+    void rms_norm_dweight_columns(const RmsNormBackwardArgs&, int64_t, int64_t);          \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -199,6 +203,15 @@ void quantise_4bit_cpu(const Quantise4bitArgs& args, int64_t begin, int64_t end)
 void relu_cpu(const ReluArgs& args, int64_t begin, int64_t end) { FASTFT_CALL(relu_range, args, begin, end); }
 void relu_backward_cpu(const ReluBackwardArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(relu_backward_range, args, begin, end);
+}
+void rms_norm_cpu(const RmsNormArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(rms_norm_rows, args, begin, end);
+}
+void rms_norm_backward_cpu(const RmsNormBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(rms_norm_backward_chunks, args, begin, end);
+}
+void rms_norm_dweight_cpu(const RmsNormBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(rms_norm_dweight_columns, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

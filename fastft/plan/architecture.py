@@ -15,7 +15,6 @@ from fastft.config import Config, PeftConfig
 from fastft.errors import ModelError
 from fastft.methods import ft
 from fastft.models import loading
-from fastft.models.attention import implementation
 from fastft.models.causal import PackedCausalLM
 from fastft.models.recompute import attention_modules
 from fastft.models.tiled_mlp import mlp_modules
@@ -101,9 +100,7 @@ def build(model_config: PretrainedConfig, *, dtype: str, layers: int | None = No
             model_config.layer_types = kinds[:layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype))
-    model.set_attn_implementation(implementation("auto"))
-    loading.remove_dropout(model)
-    return model.eval().requires_grad_(False)
+    return loading.arrange(model)
 
 
 def inject(model: PreTrainedModel, config: PeftConfig, num_labels: int | None) -> dict[str, nn.Parameter]:

@@ -163,6 +163,19 @@ def _relu(inputs: Inputs) -> Count:
     return inputs.numel(0), 2 * inputs.nbytes(0) + -(-inputs.numel(0) // 8)
 
 
+def _rms_norm(inputs: Inputs) -> Count:
+    """x [..., H], weight [H] -> y of weight's dtype, and a number a row: a square into a sum, two products."""
+    rows = inputs.numel(0) // inputs.numel(1)
+    y = inputs.numel(0) * inputs.itemsize(1)
+    return 4 * inputs.numel(0), inputs.nbytes(0, 1) + y + rows * max(inputs.itemsize(0), 4)
+
+
+def _rms_norm_backward(inputs: Inputs) -> Count:
+    """dy and x [..., H], weight [H], a number a row -> dx, and dweight where asked for."""
+    asked = inputs.is_true(4)
+    return (8 + 2 * asked) * inputs.numel(1), inputs.nbytes(0, 1, 2, 3) + inputs.nbytes(1) + asked * inputs.nbytes(2)
+
+
 def _dequantise_4bit(inputs: Inputs) -> Count:
     """A tile of a packed weight, half a byte an element with a scale for each block of them."""
     count, block = inputs.numel(9), int(inputs.scalars[6])
@@ -202,6 +215,8 @@ COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "fastft::attention_backward": _attention_backward,
     "fastft::relu": _relu,
     "fastft::relu_backward": _elements(1, (0, 1), (0,)),
+    "fastft::rms_norm": _rms_norm,
+    "fastft::rms_norm_backward": _rms_norm_backward,
     "fastft::quantise_4bit": _elements(QUANTISE, (0,), (3, 4)),
     "fastft::dequantise_4bit": _dequantise_4bit,
     "fastft::dequantise_8bit": _elements(1, (0, 1), (2,)),

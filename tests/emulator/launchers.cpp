@@ -10,6 +10,7 @@
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
 #include "fastft/relu.h"
+#include "fastft/rms_norm.h"
 #include "fastft/row_reduce.h"
 #include "fastft/topk_kl.h"
 
@@ -42,5 +43,7 @@ FASTFT_LAUNCHER(lora_outer, LoraOuterArgs)
 FASTFT_LAUNCHER(lora_up, LoraUpArgs)
 FASTFT_LAUNCHER(relu, ReluArgs)
 FASTFT_LAUNCHER(relu_backward, ReluBackwardArgs)
+FASTFT_LAUNCHER(rms_norm, RmsNormArgs)
+FASTFT_LAUNCHER(rms_norm_backward, RmsNormBackwardArgs)
 FASTFT_LAUNCHER(row_reduce, RowReduceArgs)
 FASTFT_LAUNCHER(topk_kl, TopkKlArgs)

@@ -108,6 +108,9 @@ STRUCTURES = {
     "index_check": structure("index: ptr count columns vocab ignore source: i64 record: ptr"),
     "relu": structure("x y mask: ptr count: i64 dtype: i32"),
     "relu_backward": structure("dy mask dx: ptr count: i64 dtype: i32"),
+    "rms_norm": structure("x weight y rstd: ptr rows width: i64 eps: f64 dtype weight_dtype: i32"),
+    "rms_norm_backward": structure("""dy x weight rstd dx partials dweight: ptr rows width: i64
+        dtype weight_dtype: i32"""),
     "row_reduce": structure("values weights out row_scale: ptr rows: i64 mean is_double: bool"),
     "dequantise_4bit": structure("""packed code absmax absmax8 absmax_code absmax_scale out: ptr
         first count block absmax_block: i64 absmax_offset: f32 dtype: i32"""),

@@ -108,6 +108,16 @@ def test_relu(recorded):
     assert counted(calls["fastft::relu_backward"]) == (63, 2 * 2 * 63 + 8)
 
 
+def test_rms_norm(recorded):
+    x, weight = nn.Parameter(random(3, 21)), nn.Parameter(random(21))
+    calls = recorded(lambda: ops.rms_norm(x, weight, 1e-5).sum().backward())
+    assert counted(calls["fastft::rms_norm"]) == (4 * 63, 2 * (2 * 63 + 21) + 4 * 3)
+    assert counted(calls["fastft::rms_norm_backward"]) == (10 * 63, 2 * (3 * 63 + 2 * 21) + 4 * 3)
+    calls = recorded(lambda: ops.rms_norm(x, weight.detach().float(), 1e-5).sum().backward())
+    assert counted(calls["fastft::rms_norm"])[1] == 2 * 63 + 4 * (21 + 63 + 3)
+    assert counted(calls["fastft::rms_norm_backward"]) == (8 * 63, 2 * 2 * 63 + 4 * (63 + 21 + 3))
+
+
 def test_quantised_weights(recorded):
     code, weight = torch.linspace(-1, 1, 16), random(4, 64)
     packed, absmax = quantise_4bit(weight, code)
