@@ -14,6 +14,8 @@
 #include "fastft/lora_linear.h"
 #include "fastft/quantise.h"
 #include "fastft/relu.h"
+#include "fastft/rotary.h"
+#include "fastft/swiglu.h"
 #include "fastft/topk_kl.h"
 
 namespace fastft {
@@ -44,6 +46,9 @@ namespace fastft {
     void quantise_4bit_blocks(const Quantise4bitArgs&, int64_t, int64_t);                 \
     void relu_range(const ReluArgs&, int64_t, int64_t);                                   \
     void relu_backward_range(const ReluBackwardArgs&, int64_t, int64_t);                  \
+    void rotary_tokens(const RotaryArgs&, int64_t, int64_t);                              \
+    void swiglu_range(const SwigluArgs&, int64_t, int64_t);                               \
+    void swiglu_backward_range(const SwigluBackwardArgs&, int64_t, int64_t);              \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -199,6 +204,15 @@ void quantise_4bit_cpu(const Quantise4bitArgs& args, int64_t begin, int64_t end)
 void relu_cpu(const ReluArgs& args, int64_t begin, int64_t end) { FASTFT_CALL(relu_range, args, begin, end); }
 void relu_backward_cpu(const ReluBackwardArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(relu_backward_range, args, begin, end);
+}
+void rotary_cpu(const RotaryArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(rotary_tokens, args, begin, end);
+}
+void swiglu_cpu(const SwigluArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(swiglu_range, args, begin, end);
+}
+void swiglu_backward_cpu(const SwigluBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(swiglu_backward_range, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

@@ -53,6 +53,10 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     // One bit an element is all that backward needs: see fastft/relu.h.
     m.def("relu(Tensor x) -> (Tensor y, Tensor mask)");
     m.def("relu_backward(Tensor grad, Tensor mask) -> Tensor");
+    // Its gradient is itself, transposed: see fastft/rotary.h.
+    m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor y_q, Tensor y_k)");
+    m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+    m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
     m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
 
     m.def(
@@ -95,6 +99,9 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("dequantise_8bit", TORCH_BOX(&fastft::dequantise_8bit));                 \
         m.impl("relu", TORCH_BOX(&fastft::relu));                                       \
         m.impl("relu_backward", TORCH_BOX(&fastft::relu_backward));                     \
+        m.impl("rotary", TORCH_BOX(&fastft::rotary));                                   \
+        m.impl("swiglu", TORCH_BOX(&fastft::swiglu));                                   \
+        m.impl("swiglu_backward", TORCH_BOX(&fastft::swiglu_backward));                 \
         m.impl("row_reduce", TORCH_BOX(&fastft::row_reduce));                           \
         m.impl("bias_adamw", TORCH_BOX(&fastft::bias_adamw));                           \
     }
@@ -118,10 +125,10 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
-    for (const char* op :
-         {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-          "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer", "dequantise_4bit",
-          "dequantise_8bit", "relu", "relu_backward", "row_reduce", "bias_adamw"}) {
+    for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
+                           "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer",
+                           "dequantise_4bit", "dequantise_8bit", "relu", "relu_backward", "rotary", "swiglu",
+                           "swiglu_backward", "row_reduce", "bias_adamw"}) {
         m.impl(op, &no_cuda);
     }
 }

@@ -8,7 +8,9 @@
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
 #include "fastft/relu.h"
+#include "fastft/rotary.h"
 #include "fastft/row_reduce.h"
+#include "fastft/swiglu.h"
 #include "fastft/topk_kl.h"
 #include "util.h"
 
@@ -48,6 +50,9 @@ void lora_outer_cuda(const LoraOuterArgs&, cudaStream_t) { no_cuda(); }
 void bias_adamw_cuda(const AdamWArgs&, cudaStream_t) { no_cuda(); }
 void relu_cuda(const ReluArgs&, cudaStream_t) { no_cuda(); }
 void relu_backward_cuda(const ReluBackwardArgs&, cudaStream_t) { no_cuda(); }
+void rotary_cuda(const RotaryArgs&, cudaStream_t) { no_cuda(); }
+void swiglu_cuda(const SwigluArgs&, cudaStream_t) { no_cuda(); }
+void swiglu_backward_cuda(const SwigluBackwardArgs&, cudaStream_t) { no_cuda(); }
 void row_reduce_cuda(const RowReduceArgs&, cudaStream_t) { no_cuda(); }
 #endif
 

@@ -43,6 +43,10 @@ void quantise_4bit(const Tensor& x, const Tensor& bounds, int64_t block, Tensor 
 void dequantise_8bit(const Tensor& values, const Tensor& scale, Tensor out);
 std::tuple<Tensor, Tensor> relu(const Tensor& x);
 Tensor relu_backward(const Tensor& grad, const Tensor& mask);
+std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                                  bool transposed);
+Tensor swiglu(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
 void bias_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,
                 std::optional<Tensor> scales, std::optional<Tensor> master, Tensor steps, Tensor status,

@@ -13,6 +13,8 @@ from fastft.ops import linear_topk_kl as _linear_topk_kl
 from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops import lora_linear as _lora_linear
 from fastft.ops import relu as _relu
+from fastft.ops import rotary as _rotary
+from fastft.ops import swiglu as _swiglu
 from fastft.ops._extension import available, build_info, cpu_capability
 from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit, frozen_linear, quantise_4bit
 from fastft.ops.index_check import raise_deferred_errors
@@ -28,6 +30,8 @@ _extension.import_extension(
         _lora_linear,
         _bias_adamw,
         _relu,
+        _rotary,
+        _swiglu,
         frozen_weight,
         index_check,
     ]
@@ -42,6 +46,8 @@ log_softmax_kl = _log_softmax_kl.log_softmax_kl
 lora_linear = _lora_linear.lora_linear
 lora_linears = _lora_linear.lora_linears
 relu = _relu.relu
+rotary = _rotary.rotary
+swiglu = _swiglu.swiglu
 
 __all__ = [
     "FrozenWeight",
@@ -62,4 +68,6 @@ __all__ = [
     "quantise_4bit",
     "raise_deferred_errors",
     "relu",
+    "rotary",
+    "swiglu",
 ]

@@ -76,6 +76,8 @@ def build_info() -> dict:
         "log_softmax_kl",
         "lora_linear",
         "relu",
+        "rotary",
+        "swiglu",
     ]
     try:
         module = load()
