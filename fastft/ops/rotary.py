@@ -20,8 +20,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     and in their inputs' memory order: a token's heads side by side where they are so in x. Arithmetic in float32
     (float64), one rounding. The dtype is that of q also under autocast.
 
-    Backward: dx1 = dy1 c1 + dy2 s2, dx2 = dy2 c2 - dy1 s1, for any cos and sin, and any number of times; cos and sin are
-    all that is kept.
+    Backward: dx1 = dy1 c1 + dy2 s2, dx2 = dy2 c2 - dy1 s1, for any cos and sin, and any number of times; cos and sin
+    are all that is kept.
     Raises ValueError for a shape, dtype or device that does not fit, and where cos or sin requires grad.
     Su et al. 2021, https://arxiv.org/abs/2104.09864.
     """
@@ -49,8 +49,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
             raise ValueError(f"rotary: {name} is {x.dtype}, expected {q.dtype} like q{wider}")
         if x.dim() != 3 or x.shape[0] not in (1, batch) or x.shape[1] != tokens or x.shape[2] > size or x.shape[2] % 2:
             raise ValueError(
-                f"rotary: {name} is {shape_of(x)}, expected [{batch} or 1, {tokens}, rotated], rotated even and at most "
-                f"{size}, q's head size"
+                f"rotary: {name} is {shape_of(x)}, expected [{batch} or 1, {tokens}, rotated], rotated even and at "
+                f"most {size}, q's head size"
             )
         if x.requires_grad:
             raise ValueError(f"rotary: {name} requires grad, expected constants; detach them")

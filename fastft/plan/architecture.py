@@ -17,6 +17,7 @@ from fastft.methods import ft
 from fastft.models import loading
 from fastft.models.attention import implementation
 from fastft.models.causal import PackedCausalLM
+from fastft.models.fused import fuse
 from fastft.models.recompute import attention_modules
 from fastft.models.tiled_mlp import mlp_modules
 
@@ -102,6 +103,7 @@ def build(model_config: PretrainedConfig, *, dtype: str, layers: int | None = No
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype))
     model.set_attn_implementation(implementation("auto"))
+    fuse(model)
     loading.remove_dropout(model)
     return model.eval().requires_grad_(False)
 

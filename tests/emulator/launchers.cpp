@@ -10,7 +10,9 @@
 #include "fastft/log_softmax_kl.h"
 #include "fastft/lora_linear.h"
 #include "fastft/relu.h"
+#include "fastft/rotary.h"
 #include "fastft/row_reduce.h"
+#include "fastft/swiglu.h"
 #include "fastft/topk_kl.h"
 
 static std::string message;
@@ -42,5 +44,8 @@ FASTFT_LAUNCHER(lora_outer, LoraOuterArgs)
 FASTFT_LAUNCHER(lora_up, LoraUpArgs)
 FASTFT_LAUNCHER(relu, ReluArgs)
 FASTFT_LAUNCHER(relu_backward, ReluBackwardArgs)
+FASTFT_LAUNCHER(rotary, RotaryArgs)
+FASTFT_LAUNCHER(swiglu, SwigluArgs)
+FASTFT_LAUNCHER(swiglu_backward, SwigluBackwardArgs)
 FASTFT_LAUNCHER(row_reduce, RowReduceArgs)
 FASTFT_LAUNCHER(topk_kl, TopkKlArgs)

@@ -108,6 +108,12 @@ STRUCTURES = {
     "index_check": structure("index: ptr count columns vocab ignore source: i64 record: ptr"),
     "relu": structure("x y mask: ptr count: i64 dtype: i32"),
     "relu_backward": structure("dy mask dx: ptr count: i64 dtype: i32"),
+    "rotary": structure("""q y_q: ptr heads q_batch q_head q_token y_q_batch y_q_head y_q_token: i64
+        k y_k: ptr kv_heads k_batch k_head k_token y_k_batch y_k_head y_k_token: i64
+        cos sin: ptr cos_batch cos_token sin_batch sin_token batch tokens size rotated: i64 transposed: bool
+        dtype angle_dtype: i32"""),
+    "swiglu": structure("gate up y: ptr count: i64 dtype: i32"),
+    "swiglu_backward": structure("dy gate up dgate dup: ptr count: i64 dtype: i32"),
     "row_reduce": structure("values weights out row_scale: ptr rows: i64 mean is_double: bool"),
     "dequantise_4bit": structure("""packed code absmax absmax8 absmax_code absmax_scale out: ptr
         first count block absmax_block: i64 absmax_offset: f32 dtype: i32"""),
