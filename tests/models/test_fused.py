@@ -115,8 +115,8 @@ def test_a_copy_is_its_own():
 def test_forwards_that_are_wrapped_or_different_are_left_alone():
     class Wrapped(modeling_llama.LlamaMLP):
         @functools.wraps(modeling_llama.LlamaMLP.forward)
-        def forward(self, *args):
-            return super().forward(*args)
+        def forward(self, x):
+            return super().forward(x)
 
     class Doubled(modeling_llama.LlamaMLP):
         def forward(self, x):
