@@ -55,10 +55,17 @@ for dtype in (torch.float32, torch.bfloat16):
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for n in (1, 9, 2049, 40000):
         ops.relu(torch.randn(n + 1, device="cuda").to(dtype)[1:].requires_grad_()).sum().backward()
+        gate, up = (torch.randn(n + 1, device="cuda").to(dtype)[1:].requires_grad_() for _ in range(2))
+        ops.swiglu(gate, up).sum().backward()
     for width in (1, 64, 250, 576, 4100, 8200, 9001):
         x, w = (torch.randn(s, device="cuda").to(dtype).requires_grad_() for s in ((37, width), (width,)))
         ops.rms_norm(x, w, 1e-5).sum().backward()
         ops.rms_norm(x, w.detach().float(), 1e-5).sum().backward()
+    for batch, heads, tokens, size, rotated in ((1, 3, 33, 64, 64), (2, 2, 5, 21, 12)):
+        q, k = (torch.randn(batch, tokens, n, size + 1, device="cuda").to(dtype)[..., 1:] for n in (heads, 1))
+        cos, sin = (torch.randn(1, tokens, rotated, device="cuda").to(dtype) for _ in range(2))
+        leaves = [x.transpose(1, 2).requires_grad_() for x in (q, k)]
+        sum(y.sum() for y in ops.rotary(*leaves, cos, sin)).backward()
     for M, K, N, r in ((1, 1, 1, 1), (65, 130, 129, 16), (300, 1100, 72, 20), (64, 128, 256, 64)):
         x, w, A, B = (torch.randn(s, device="cuda").to(dtype) for s in ((M, K + 3), (N, K), (r, K), (N, r)))
         leaves = [x[:, 1 : K + 1].requires_grad_(), A.requires_grad_(), B.requires_grad_()]
@@ -134,6 +141,7 @@ BENCHES = {
     "bench_bias_adamw": {"bench_bias_adamw": []},
     "bench_relu": {"bench_relu": ["--tokens", "2048"]},
     "bench_norms": {"bench_norms": []},
+    "bench_elementwise": {"bench_elementwise": ["--model", "llama-3-8b", "--tokens", "2048"]},
     "bench_kl": {
         "bench_kl": ["--model", "opt-30b", "--rows", "2048"],
         "bench_kl_llama": ["--model", "llama-3-8b", "--rows", "2048", "--no-compile"],

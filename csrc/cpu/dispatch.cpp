@@ -15,6 +15,8 @@
 #include "fastft/quantise.h"
 #include "fastft/relu.h"
 #include "fastft/rms_norm.h"
+#include "fastft/rotary.h"
+#include "fastft/swiglu.h"
 #include "fastft/topk_kl.h"
 
 namespace fastft {
@@ -48,6 +50,9 @@ namespace fastft {
     void rms_norm_rows(const RmsNormArgs&, int64_t, int64_t);                             \
     void rms_norm_backward_chunks(const RmsNormBackwardArgs&, int64_t, int64_t);          \
     void rms_norm_dweight_columns(const RmsNormBackwardArgs&, int64_t, int64_t);          \
+    void rotary_tokens(const RotaryArgs&, int64_t, int64_t);                              \
+    void swiglu_range(const SwigluArgs&, int64_t, int64_t);                               \
+    void swiglu_backward_range(const SwigluBackwardArgs&, int64_t, int64_t);              \
     void exp2_array(const float*, float*, int64_t);                                       \
     void log_array(const float*, float*, int64_t);                                        \
     }
@@ -212,6 +217,15 @@ void rms_norm_backward_cpu(const RmsNormBackwardArgs& args, int64_t begin, int64
 }
 void rms_norm_dweight_cpu(const RmsNormBackwardArgs& args, int64_t begin, int64_t end) {
     FASTFT_CALL(rms_norm_dweight_columns, args, begin, end);
+}
+void rotary_cpu(const RotaryArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(rotary_tokens, args, begin, end);
+}
+void swiglu_cpu(const SwigluArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(swiglu_range, args, begin, end);
+}
+void swiglu_backward_cpu(const SwigluBackwardArgs& args, int64_t begin, int64_t end) {
+    FASTFT_CALL(swiglu_backward_range, args, begin, end);
 }
 void exp2_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(exp2_array, x, y, n); }
 void log_array_cpu(const float* x, float* y, int64_t n) { FASTFT_CALL(log_array, x, y, n); }

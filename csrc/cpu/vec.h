@@ -129,6 +129,27 @@ inline VecF log_(VecF x) {
     return {_mm512_mask_mov_ps(r, _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(__FLT_MAX__), _CMP_NLE_UQ), x.v)};
 }
 
+// exp(-|x|): nothing overflows, what underflows becomes subnormal and then 0, so two of exp2_'s steps are not
+// needed.
+inline VecF exp_minus_abs_(VecF x) {
+    const __m512 log2e = _mm512_set1_ps(static_cast<float>(kLog2E));
+    // -inf becomes -200, which scalef turns into 0; NaN stays.
+    const __m512 z = _mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_or_ps(x.v, _mm512_set1_ps(-0.0f)));
+    const __m512 n =
+        _mm512_roundscale_ps(_mm512_mul_ps(z, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_fmsub_ps(z, log2e, n);
+    __m512 p = _mm512_set1_ps(kExp2[6]);
+    for (int i = 5; i >= 0; --i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[i]));
+    return {_mm512_scalef_ps(p, n)};
+}
+
+// The estimate is good to 2^-14: after a step of Newton's what is left is rounding, two units in the last
+// place.
+inline VecF reciprocal_(VecF x) {
+    const __m512 r = _mm512_rcp14_ps(x.v);
+    return {_mm512_fmadd_ps(_mm512_fnmadd_ps(x.v, r, _mm512_set1_ps(1.0f)), r, r)};
+}
+
 inline VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline VecF load(const BFloat16* p) {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -229,6 +250,12 @@ inline VecF log_(VecF x) {
     const __m256 special = _mm256_cmp_ps(x.v, _mm256_set1_ps(__FLT_MAX__), _CMP_NLE_UQ);
     return {_mm256_blendv_ps(r, x.v, special)};
 }
+
+inline VecF exp_minus_abs_(VecF x) {
+    const __m256 negative = _mm256_or_ps(x.v, _mm256_set1_ps(-0.0f));
+    return exp2_(VecF{_mm256_mul_ps(negative, _mm256_set1_ps(static_cast<float>(kLog2E)))});
+}
+inline VecF reciprocal_(VecF x) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), x.v)}; }
 
 inline VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline VecF load(const BFloat16* p) {

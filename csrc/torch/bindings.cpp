@@ -58,6 +58,10 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     m.def(
         "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool weight_grad) "
         "-> (Tensor dx, Tensor dweight)");
+    // Its gradient is itself, transposed: see fastft/rotary.h.
+    m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) -> (Tensor y_q, Tensor y_k)");
+    m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+    m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
     m.def("row_reduce(Tensor values, Tensor? weights, bool mean) -> (Tensor out, Tensor row_scale)");
 
     m.def(
@@ -102,6 +106,9 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("relu_backward", TORCH_BOX(&fastft::relu_backward));                     \
         m.impl("rms_norm", TORCH_BOX(&fastft::rms_norm));                               \
         m.impl("rms_norm_backward", TORCH_BOX(&fastft::rms_norm_backward));             \
+        m.impl("rotary", TORCH_BOX(&fastft::rotary));                                   \
+        m.impl("swiglu", TORCH_BOX(&fastft::swiglu));                                   \
+        m.impl("swiglu_backward", TORCH_BOX(&fastft::swiglu_backward));                 \
         m.impl("row_reduce", TORCH_BOX(&fastft::row_reduce));                           \
         m.impl("bias_adamw", TORCH_BOX(&fastft::bias_adamw));                           \
     }
@@ -125,10 +132,26 @@ void no_cuda(StableIValue*, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
-    for (const char* op : {"log_softmax_kl", "log_softmax_kl_backward", "log_softmax_kl_rows", "topk_kl_rows",
-                           "cross_entropy_rows", "index_check", "lora_down", "lora_up", "lora_outer",
-                           "dequantise_4bit", "dequantise_8bit", "relu", "relu_backward", "rms_norm",
-                           "rms_norm_backward", "row_reduce", "bias_adamw"}) {
+    for (const char* op : {"log_softmax_kl",
+                           "log_softmax_kl_backward",
+                           "log_softmax_kl_rows",
+                           "topk_kl_rows",
+                           "cross_entropy_rows",
+                           "index_check",
+                           "lora_down",
+                           "lora_up",
+                           "lora_outer",
+                           "dequantise_4bit",
+                           "dequantise_8bit",
+                           "relu",
+                           "relu_backward",
+                           "rms_norm",
+                           "rms_norm_backward",
+                           "rotary",
+                           "swiglu",
+                           "swiglu_backward",
+                           "row_reduce",
+                           "bias_adamw"}) {
         m.impl(op, &no_cuda);
     }
 }

@@ -9,7 +9,9 @@
 #include "fastft/lora_linear.h"
 #include "fastft/relu.h"
 #include "fastft/rms_norm.h"
+#include "fastft/rotary.h"
 #include "fastft/row_reduce.h"
+#include "fastft/swiglu.h"
 #include "fastft/topk_kl.h"
 #include "util.h"
 
@@ -51,6 +53,9 @@ void relu_cuda(const ReluArgs&, cudaStream_t) { no_cuda(); }
 void relu_backward_cuda(const ReluBackwardArgs&, cudaStream_t) { no_cuda(); }
 void rms_norm_cuda(const RmsNormArgs&, cudaStream_t) { no_cuda(); }
 void rms_norm_backward_cuda(const RmsNormBackwardArgs&, cudaStream_t) { no_cuda(); }
+void rotary_cuda(const RotaryArgs&, cudaStream_t) { no_cuda(); }
+void swiglu_cuda(const SwigluArgs&, cudaStream_t) { no_cuda(); }
+void swiglu_backward_cuda(const SwigluBackwardArgs&, cudaStream_t) { no_cuda(); }
 void row_reduce_cuda(const RowReduceArgs&, cudaStream_t) { no_cuda(); }
 #endif
 

@@ -46,6 +46,10 @@ Tensor relu_backward(const Tensor& grad, const Tensor& mask);
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                              const Tensor& rstd, bool weight_grad);
+std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                                  bool transposed);
+Tensor swiglu(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> row_reduce(const Tensor& values, std::optional<Tensor> weights, bool mean);
 void bias_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,
                 std::optional<Tensor> scales, std::optional<Tensor> master, Tensor steps, Tensor status,

@@ -14,7 +14,7 @@ constexpr int64_t kLine = 64;  // bytes
 // pages in costs more than what a small kernel does with them (attention's backward over 300 tokens, 9 heads:
 // three times as much). One of a thread at a time.
 class Scratch {
-   public:
+  public:
     explicit Scratch(int64_t bytes) {
         thread_local Kept kept;
         if (bytes > kMostKept) {
@@ -27,7 +27,7 @@ class Scratch {
     }
     char* data() const { return data_; }
 
-   private:
+  private:
     struct Free {
         void operator()(char* p) const { std::free(p); }
     };

@@ -217,9 +217,9 @@ def arrange(model: PreTrainedModel, *, attention: str = "auto", dropout: bool = 
     Every base that computes comes from here, and the planner's on the meta device.
     """
     model.set_attn_implementation(implementation(attention))
+    fuse(model)
     if not dropout:
         remove_dropout(model)
-    fuse(model)
     return model.eval().requires_grad_(False)
 
 

@@ -54,8 +54,7 @@ def _fused(module: nn.Module) -> RMSNorm | None:
         or "forward" in vars(module)  # somebody else's has taken the class's place
     ):
         return None
-    with torch.device("cpu"):  # whatever the caller's default is
-        keeps_dtype = _probe(module, eps)
+    keeps_dtype = _probe(module, eps)
     return None if keeps_dtype is None else RMSNorm(module.weight, eps, keeps_dtype).train(module.training)
 
 

@@ -14,6 +14,8 @@ from fastft.ops import log_softmax_kl as _log_softmax_kl
 from fastft.ops import lora_linear as _lora_linear
 from fastft.ops import relu as _relu
 from fastft.ops import rms_norm as _rms_norm
+from fastft.ops import rotary as _rotary
+from fastft.ops import swiglu as _swiglu
 from fastft.ops._extension import available, build_info, cpu_capability
 from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit, frozen_linear, quantise_4bit
 from fastft.ops.index_check import raise_deferred_errors
@@ -30,6 +32,8 @@ _extension.import_extension(
         _bias_adamw,
         _relu,
         _rms_norm,
+        _rotary,
+        _swiglu,
         frozen_weight,
         index_check,
     ]
@@ -45,6 +49,8 @@ lora_linear = _lora_linear.lora_linear
 lora_linears = _lora_linear.lora_linears
 relu = _relu.relu
 rms_norm = _rms_norm.rms_norm
+rotary = _rotary.rotary
+swiglu = _swiglu.swiglu
 
 __all__ = [
     "FrozenWeight",
@@ -66,4 +72,6 @@ __all__ = [
     "raise_deferred_errors",
     "relu",
     "rms_norm",
+    "rotary",
+    "swiglu",
 ]

@@ -77,6 +77,8 @@ def build_info() -> dict:
         "lora_linear",
         "relu",
         "rms_norm",
+        "rotary",
+        "swiglu",
     ]
     try:
         module = load()

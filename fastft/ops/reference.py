@@ -197,3 +197,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(_compute_dtype(x))
     normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normalised.to(x.dtype)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    rotated = cos.shape[-1]
+
+    def rotate(x: Tensor) -> Tensor:
+        x1, x2 = x[..., :rotated].chunk(2, -1)
+        (c1, c2), (s1, s2) = (angles[:, None].chunk(2, -1) for angles in (cos, sin))
+        return torch.cat((x1 * c1 - x2 * s1, x2 * c2 + x1 * s2, x[..., rotated:]), -1)
+
+    return rotate(q), rotate(k)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up

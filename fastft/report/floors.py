@@ -145,6 +145,8 @@ SOFTMAX = 5  # maximum, difference, temperature, exponential, sum
 KL = 2 * SOFTMAX + 3  # of both; a difference, and its product into a sum
 KL_GRADIENT = 3  # both probabilities, and their difference
 ADAMW = 14  # 3 and 4 for the moments, a root, 4 for the step, 2 for the parameter
+SWIGLU = 5  # exponential, sum, quotient, two products
+SWIGLU_GRADIENT = 10  # the same three; 1 - s; dy s and its product with gate; three products and a sum for dgate
 QUANTISE = 7  # size, maximum, division; four comparisons find the nearest of 16 codes
 
 
@@ -174,6 +176,13 @@ def _rms_norm_backward(inputs: Inputs) -> Count:
     """dy and x [..., H], weight [H], a number a row -> dx, and dweight where asked for."""
     asked = inputs.is_true(4)
     return (8 + 2 * asked) * inputs.numel(1), inputs.nbytes(0, 1, 2, 3) + inputs.nbytes(1) + asked * inputs.nbytes(2)
+
+
+def _rotary(inputs: Inputs) -> Count:
+    """q [B, H, S, D], k [B, G, S, D], cos and sin [B or 1, S, R]: two products and a sum for each of R elements."""
+    rotated, size = inputs.shapes[2][-1], inputs.shapes[0][-1]
+    operations = 3 * rotated / size * (inputs.numel(0) + inputs.numel(1)) if size else 0
+    return operations, 2 * inputs.nbytes(0, 1) + inputs.nbytes(2, 3)
 
 
 def _dequantise_4bit(inputs: Inputs) -> Count:
@@ -217,6 +226,9 @@ COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "fastft::relu_backward": _elements(1, (0, 1), (0,)),
     "fastft::rms_norm": _rms_norm,
     "fastft::rms_norm_backward": _rms_norm_backward,
+    "fastft::rotary": _rotary,
+    "fastft::swiglu": _elements(SWIGLU, (0, 1), (0,)),
+    "fastft::swiglu_backward": _elements(SWIGLU_GRADIENT, (0, 1, 2), (1, 2)),
     "fastft::quantise_4bit": _elements(QUANTISE, (0,), (3, 4)),
     "fastft::dequantise_4bit": _dequantise_4bit,
     "fastft::dequantise_8bit": _elements(1, (0, 1), (2,)),

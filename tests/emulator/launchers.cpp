@@ -11,7 +11,9 @@
 #include "fastft/lora_linear.h"
 #include "fastft/relu.h"
 #include "fastft/rms_norm.h"
+#include "fastft/rotary.h"
 #include "fastft/row_reduce.h"
+#include "fastft/swiglu.h"
 #include "fastft/topk_kl.h"
 
 static std::string message;
@@ -45,5 +47,8 @@ FASTFT_LAUNCHER(relu, ReluArgs)
 FASTFT_LAUNCHER(relu_backward, ReluBackwardArgs)
 FASTFT_LAUNCHER(rms_norm, RmsNormArgs)
 FASTFT_LAUNCHER(rms_norm_backward, RmsNormBackwardArgs)
+FASTFT_LAUNCHER(rotary, RotaryArgs)
+FASTFT_LAUNCHER(swiglu, SwigluArgs)
+FASTFT_LAUNCHER(swiglu_backward, SwigluBackwardArgs)
 FASTFT_LAUNCHER(row_reduce, RowReduceArgs)
 FASTFT_LAUNCHER(topk_kl, TopkKlArgs)

@@ -111,6 +111,12 @@ STRUCTURES = {
     "rms_norm": structure("x weight y rstd: ptr rows width: i64 eps: f64 dtype weight_dtype: i32"),
     "rms_norm_backward": structure("""dy x weight rstd dx partials dweight: ptr rows width: i64
         dtype weight_dtype: i32"""),
+    "rotary": structure("""q y_q: ptr heads q_batch q_head q_token y_q_batch y_q_head y_q_token: i64
+        k y_k: ptr kv_heads k_batch k_head k_token y_k_batch y_k_head y_k_token: i64
+        cos sin: ptr cos_batch cos_token sin_batch sin_token batch tokens size rotated: i64 transposed: bool
+        dtype angle_dtype: i32"""),
+    "swiglu": structure("gate up y: ptr count: i64 dtype: i32"),
+    "swiglu_backward": structure("dy gate up dgate dup: ptr count: i64 dtype: i32"),
     "row_reduce": structure("values weights out row_scale: ptr rows: i64 mean is_double: bool"),
     "dequantise_4bit": structure("""packed code absmax absmax8 absmax_code absmax_scale out: ptr
         first count block absmax_block: i64 absmax_offset: f32 dtype: i32"""),

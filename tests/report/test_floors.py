@@ -118,6 +118,18 @@ def test_rms_norm(recorded):
     assert counted(calls["fastft::rms_norm_backward"]) == (8 * 63, 2 * 2 * 63 + 4 * (63 + 21 + 3))
 
 
+def test_rotary_and_swiglu(recorded):
+    q, k = nn.Parameter(random(1, 4, 3, 16)), nn.Parameter(random(1, 2, 3, 16))
+    cos, sin = random(1, 3, 8), random(1, 3, 8)
+    calls = recorded(lambda: sum(y.sum() for y in ops.rotary(q, k, cos, sin)).backward())
+    # Half of each head is rotated; forward and backward are one operator.
+    assert counted(calls["fastft::rotary"]) == (3 * 8 * 3 * 6, 2 * (2 * 16 * 3 * 6 + 2 * 3 * 8))
+    gate, up = nn.Parameter(random(3, 21)), nn.Parameter(random(3, 21))
+    calls = recorded(lambda: ops.swiglu(gate, up).sum().backward())
+    assert counted(calls["fastft::swiglu"]) == (5 * 63, 2 * 3 * 63)
+    assert counted(calls["fastft::swiglu_backward"]) == (10 * 63, 2 * 5 * 63)
+
+
 def test_quantised_weights(recorded):
     code, weight = torch.linspace(-1, 1, 16), random(4, 64)
     packed, absmax = quantise_4bit(weight, code)

@@ -50,6 +50,11 @@ FASTFT_HD float max_(float a, float b) { return a > b ? a : b; }
 FASTFT_HD float exp2_(float x) { return x < -126 ? 0 : exp2f(x); }
 FASTFT_HD double exp2_(double x) { return x < -1022 ? 0 : exp2(x); }
 #endif
+FASTFT_HD float exp_minus_abs_(float x) { return exp2_(-fabsf(x) * float(kLog2E)); }
+FASTFT_HD double exp_minus_abs_(double x) { return exp2_(-fabs(x) * kLog2E); }
+// 1 / x of a normal number whose reciprocal is one.
+FASTFT_HD float reciprocal_(float x) { return 1 / x; }
+FASTFT_HD double reciprocal_(double x) { return 1 / x; }
 FASTFT_HD float log_(float x) { return logf(x); }
 FASTFT_HD double log_(double x) { return log(x); }
 FASTFT_HD float log2_(float x) { return log2f(x); }
