@@ -62,32 +62,27 @@ ESCAPES = {
 }
 
 
+PAGE_ROWS = 40  # of a page in LaTeX
+
+
 def latex_escape(value: str) -> str:
     """Text as LaTeX sets it."""
     return "".join(ESCAPES.get(character, character) for character in value)
 
 
 def latex(table: Table) -> str:
-    """A table in the style of booktabs."""
+    """A table in the style of booktabs: one float, or over several pages where it has more than PAGE_ROWS rows."""
     rows = table.cells(latex_escape, r"\textbf{{{}}}", r"{}\textsuperscript{{\textdagger}}")
     head, *body = (" & ".join(cells) + r" \\" for cells in (map(latex_escape, table.columns), *rows))
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table*}",
-            r"\centering\small",
-            rf"\caption{{{latex_escape(table.caption)}}}",
-            rf"\begin{{tabular}}{{{''.join(table.columns.values())}}}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table*}",
-            "",
-        ]
-    )
+    sides, caption = "".join(table.columns.values()), rf"\caption{{{latex_escape(table.caption)}}}"
+    head = [r"\toprule", head, r"\midrule"]
+    if len(body) > PAGE_ROWS:
+        begin = [r"% needs \usepackage{booktabs,longtable}", rf"{{\small\begin{{longtable}}{{{sides}}}"]
+        begin += [caption + r" \\", *head, r"\endfirsthead", *head, r"\endhead", r"\bottomrule", r"\endlastfoot"]
+        return "\n".join([*begin, *body, r"\end{longtable}}", ""])
+    begin = [r"% needs \usepackage{booktabs}", r"\begin{table*}", r"\centering\small", caption]
+    begin += [rf"\begin{{tabular}}{{{sides}}}", *head]
+    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
 
 
 def comma_separated(table: Table) -> str:

@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -183,6 +185,21 @@ def test_latex_and_markdown_escape_what_they_would_read():
     assert r"\caption{50 \% of \$x\_1\$}" in tex
     assert r"x\textbackslash{}y\textasciitilde{}\{z\}\textasciicircum{}2 \& \#1 & a | b \\" in tex
     assert r"a \| b |" in markdown(table)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="LaTeX is not installed")
+@pytest.mark.parametrize("rows", [3, 200])
+def test_latex_compiles(tmp_path, rows):
+    cells = [[r"x\y~{z}^2 & #1_$%", f"{i} ± 2 → †"] for i in range(rows)]
+    table = Table("50 % of $x_1$ ≥ 2", {"a|b_c": "l", "c & d": "r"}, cells, [])
+    packages = re.match(r"% needs (.*)", latex(table))[1]
+    text = rf"\documentclass{{article}}{packages}\begin{{document}}{latex(table)}\end{{document}}"
+    (tmp_path / "table.tex").write_text(text, encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "too large" not in done.stdout, done.stdout[-2000:]
+    pages = int(re.search(r"Output written on table.pdf \((\d+) page", done.stdout)[1])
+    assert pages == 1 if rows == 3 else pages > 1
 
 
 def test_what_differs_within_a_method_is_in_its_name(tmp_path):
