@@ -6,20 +6,6 @@
 #include "util.h"
 
 namespace fastft {
-namespace {
-
-// kernel(args, begin, end) over the elements; a thread takes whole bytes of the mask.
-template <class Args, class Kernel>
-void run_cpu(const Args& args, Kernel kernel) {
-    cpu_capability();  // an error of its environment variable must not leave a worker thread
-    constexpr int64_t kUnit = 4096;
-    parallel_rows((args.count + kUnit - 1) / kUnit, kUnit, [&](int64_t b, int64_t e) {
-        kernel(args, b * kUnit, e * kUnit < args.count ? e * kUnit : args.count);
-    });
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor> relu(const Tensor& x) {
     check(x.is_contiguous(), "relu: x must be contiguous");
     ReluArgs args{};
@@ -34,7 +20,8 @@ std::tuple<Tensor, Tensor> relu(const Tensor& x) {
         DeviceGuard guard(x);
         relu_cuda(args, current_stream(x));
     } else {
-        run_cpu(args, relu_cpu);
+        cpu_capability();  // an error of its environment variable must not leave a worker thread
+        parallel_elements(args, relu_cpu);
     }
     return {y, mask};
 }
@@ -55,7 +42,8 @@ Tensor relu_backward(const Tensor& grad, const Tensor& mask) {
         DeviceGuard guard(grad);
         relu_backward_cuda(args, current_stream(grad));
     } else {
-        run_cpu(args, relu_backward_cpu);
+        cpu_capability();  // an error of its environment variable must not leave a worker thread
+        parallel_elements(args, relu_backward_cpu);
     }
     return dx;
 }

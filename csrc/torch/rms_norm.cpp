@@ -8,14 +8,6 @@
 namespace fastft {
 namespace {
 
-// f(begin, end) over items of `elements` each. A thread gets at least 2^18: to wake another one takes as long
-// as these take here.
-template <class F>
-void run_cpu(int64_t items, int64_t elements, const F& f) {
-    cpu_capability();  // an error of its environment variable must not leave a worker thread
-    torch::stable::parallel_for(0, items, 1 + (int64_t(1) << 18) / elements, f);
-}
-
 template <class Args>
 void set_sizes(Args& args, const Tensor& x, const Tensor& weight) {
     check(x.dim() > 0 && x.is_contiguous(), "rms_norm: x must be [..., width], contiguous");
@@ -49,7 +41,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
         DeviceGuard guard(x);
         rms_norm_cuda(args, current_stream(x));
     } else {
-        run_cpu(args.rows, args.width, [&](int64_t b, int64_t e) { rms_norm_cpu(args, b, e); });
+        cpu_capability();  // an error of its environment variable must not leave a worker thread
+        parallel_light_rows(args.rows, args.width, [&](int64_t b, int64_t e) { rms_norm_cpu(args, b, e); });
     }
     return {y, rstd};
 }
@@ -81,13 +74,15 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
         rms_norm_backward_cuda(args, current_stream(x));
         return {dx, dweight};
     }
-    run_cpu(chunks, rms_norm_chunk_rows(args.rows) * args.width,
-            [&](int64_t b, int64_t e) { rms_norm_backward_cpu(args, b, e); });
+    cpu_capability();
+    parallel_light_rows(chunks, rms_norm_chunk_rows(args.rows) * args.width,
+                        [&](int64_t b, int64_t e) { rms_norm_backward_cpu(args, b, e); });
     if (weight_grad) {
         constexpr int64_t kUnit = 64;  // columns; no two threads write to one cache line
-        run_cpu((args.width + kUnit - 1) / kUnit, kUnit * (chunks + 1), [&](int64_t b, int64_t e) {
-            rms_norm_dweight_cpu(args, b * kUnit, e * kUnit < args.width ? e * kUnit : args.width);
-        });
+        parallel_light_rows(
+            (args.width + kUnit - 1) / kUnit, kUnit * (chunks + 1), [&](int64_t b, int64_t e) {
+                rms_norm_dweight_cpu(args, b * kUnit, e * kUnit < args.width ? e * kUnit : args.width);
+            });
     }
     return {dx, dweight};
 }

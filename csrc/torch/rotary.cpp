@@ -70,12 +70,8 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
         rotary_cuda(args, current_stream(q));
     } else {
         cpu_capability();  // an error of its environment variable must not leave a worker thread
-        // A thread gets at least so many elements: one alone takes 20 us for them, and to wake another as
-        // long.
-        constexpr int64_t kElementsOfAThread = 1 << 18;
-        const int64_t of_a_token = (args.q.heads + args.k.heads) * args.size;
-        torch::stable::parallel_for(0, args.batch * args.tokens, 1 + kElementsOfAThread / (of_a_token + 1),
-                                    [&](int64_t begin, int64_t end) { rotary_cpu(args, begin, end); });
+        parallel_light_rows(args.batch * args.tokens, (args.q.heads + args.k.heads) * args.size,
+                            [&](int64_t begin, int64_t end) { rotary_cpu(args, begin, end); });
     }
     return {y_q, y_k};
 }

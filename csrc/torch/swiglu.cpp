@@ -8,16 +8,6 @@
 namespace fastft {
 namespace {
 
-// kernel(args, begin, end) over the elements; where ranges meet does not depend on the number of threads.
-template <class Args, class Kernel>
-void run_cpu(const Args& args, Kernel kernel) {
-    cpu_capability();  // an error of its environment variable must not leave a worker thread
-    constexpr int64_t kUnit = 4096;
-    parallel_rows((args.count + kUnit - 1) / kUnit, kUnit, [&](int64_t b, int64_t e) {
-        kernel(args, b * kUnit, e * kUnit < args.count ? e * kUnit : args.count);
-    });
-}
-
 void check_same(const Tensor& x, const Tensor& like, const char* message) {
     check(x.is_contiguous() && x.numel() == like.numel() && x.scalar_type() == like.scalar_type() &&
               x.is_cuda() == like.is_cuda(),
@@ -40,7 +30,8 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
         DeviceGuard guard(gate);
         swiglu_cuda(args, current_stream(gate));
     } else {
-        run_cpu(args, swiglu_cpu);
+        cpu_capability();  // an error of its environment variable must not leave a worker thread
+        parallel_elements(args, swiglu_cpu);
     }
     return y;
 }
@@ -62,7 +53,8 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gat
         DeviceGuard guard(gate);
         swiglu_backward_cuda(args, current_stream(gate));
     } else {
-        run_cpu(args, swiglu_backward_cpu);
+        cpu_capability();  // an error of its environment variable must not leave a worker thread
+        parallel_elements(args, swiglu_backward_cpu);
     }
     return {dgate, dup};
 }

@@ -74,6 +74,23 @@ void parallel_rows(int64_t rows, int64_t row_elements, const F& f) {
     torch::stable::parallel_for(0, rows, grain, f);
 }
 
+// The same for a few instructions an element: a thread gets at least 2^18, since to wake another one takes as
+// long as these take (20 us).
+template <class F>
+void parallel_light_rows(int64_t rows, int64_t row_elements, const F& f) {
+    torch::stable::parallel_for(0, rows, 1 + (int64_t(1) << 18) / (row_elements > 0 ? row_elements : 1), f);
+}
+
+// kernel(args, begin, end) over args.count elements; where ranges meet, at multiples of 4096, does not depend
+// on the number of threads.
+template <class Args, class Kernel>
+void parallel_elements(const Args& args, Kernel kernel) {
+    constexpr int64_t kUnit = 4096;
+    parallel_rows((args.count + kUnit - 1) / kUnit, kUnit, [&](int64_t b, int64_t e) {
+        kernel(args, b * kUnit, e * kUnit < args.count ? e * kUnit : args.count);
+    });
+}
+
 inline cudaStream_t current_stream(const Tensor& x) {
     void* stream = nullptr;
     check(aoti_torch_get_current_cuda_stream != nullptr &&

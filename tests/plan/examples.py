@@ -16,6 +16,15 @@ TINY = {
     "gpt_neox": GPTNeoXConfig(**COMMON, intermediate_size=48),
     "qwen2": Qwen2Config(**GROUPED),
 }
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+)
 
 
 def config(**values) -> Config:

@@ -26,7 +26,7 @@ from fastft.plan.roofline import Roofline
 from fastft.plan.trace import ACTIVATIONS, LIVE, LOGITS, Pass, Tracer
 from fastft.plan.workload import Ask
 from tests.conftest import ROOT
-from tests.plan.examples import TINY, config, workload
+from tests.plan.examples import LLAMA_8B, TINY, config, workload
 
 MIB = 2**20
 OPT_125M = architecture.PUBLISHED["facebook/opt-125m"]
@@ -134,18 +134,9 @@ def test_memory_of_a_rank_falls_with_the_ranks():
 
 def test_ranks_that_encode_a_context_together_hold_a_part_of_it_each():
     """Four ranks, a context of 65,536 tokens: its keys and values, the layer at work, and how long it takes."""
-    llama_8b = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-    )
     asked = workload([65536], [64] * 256, [Ask(65536, (32,) * 16, 24)])
     gpu = dataclasses.replace(hardware.GPUS["h100"], link=1e30)  # the exchange takes no time
-    prepared = Planner(config(), llama_8b, asked, device=gpu, ranks=4)
+    prepared = Planner(config(), LLAMA_8B, asked, device=gpu, ranks=4)
     alone = prepared.plan()
     together = prepared.plan(apply(prepared.config, {"model.sequence_parallel": "ulysses"}))
     parts = [next(p.device for p in plan.phases if p.name == "teach") for plan in (alone, together)]
@@ -158,7 +149,7 @@ def test_ranks_that_encode_a_context_together_hold_a_part_of_it_each():
     assert together.run["contexts"] == pytest.approx(alone.run["contexts"] / 4)
     assert together.run["teach"] == pytest.approx(alone.run["teach"])
     assert {"model.sequence_parallel": "ulysses"} in prepared.changes()
-    too_many = Planner(config(), llama_8b, asked, device=gpu, ranks=16)
+    too_many = Planner(config(), LLAMA_8B, asked, device=gpu, ranks=16)
     assert not any("model.sequence_parallel" in change for change in too_many.changes())
     with pytest.raises(ModelError, match="has 8 for 16 processes"):
         too_many.plan(apply(prepared.config, {"model.sequence_parallel": "ulysses"}))
@@ -214,16 +205,8 @@ def test_activations_that_are_offloaded_are_on_the_host():
 
 def test_tiles_of_an_mlp_are_narrow_and_computed_again():
     """Llama-3-8B, a context of 8,192 tokens, 4,096 in training: gate, up and product [T, I] exist for a tile alone."""
-    llama = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=16384,
-    )
     work, card = workload([8192], [4096], []), hardware.GPUS["a100-80gb"]
-    prepared = Planner(config(train={"batch_size": 1}), llama, work, device=card, host_memory=2**36)
+    prepared = Planner(config(train={"batch_size": 1}), LLAMA_8B, work, device=card, host_memory=2**36)
     whole, tiled = (prepared.plan(apply(prepared.config, {"model.mlp_tile": tile})) for tile in (None, 1024))
     teach = [next(p for p in plan.phases if p.name == "teach").device["live_layer"] for plan in (whole, tiled)]
     assert teach[0] - teach[1] > (8192 - 1024) * 14336 * 2
