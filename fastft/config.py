@@ -183,6 +183,11 @@ class DataConfig(Section):
         description="classification: seed of the examples, those that are shown or trained on and those that are "
         "evaluated; null: seed",
     )
+    max_tokens: PositiveInt | None = Field(
+        None,
+        description="cut what the model reads of an example, leading tokens and filled pattern, to so many tokens, on "
+        "the side on which the tokenizer truncates; null: refuse one that the model has not the positions for",
+    )
     ood: list[str] = Field(
         [],
         description="classification: sets of another distribution, with the task's labels, evaluated as well; jsonl, "
@@ -352,6 +357,14 @@ class PbftConfig(Section):
     )
 
 
+class FtConfig(Section):
+    head: Literal["linear", "mlp"] = Field(
+        "linear",
+        description="linear: one layer without a bias, which transformers' classifiers load; mlp: dense, ReLU, dropout "
+        "(with model.dropout) and output, with biases, as in uds-lsv/llmft, loaded by fastft.peft.load_trained",
+    )
+
+
 class DistillConfig(Section):
     teacher: Literal["stored", "online"] = Field(
         "stored",
@@ -472,8 +485,12 @@ class TrainConfig(Section):
         "activation_checkpointing=full or a number of layers",
     )
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
-    warmup_steps: NonNegativeInt = Field(5, description="steps of linear warm-up")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up, to zero")
+    warmup_steps: NonNegativeInt = Field(5, description="steps of warm-up, linear but for warmup_log_lr")
+    schedule: Literal["linear", "cosine", "constant", "warmup_lr", "warmup_log_lr"] = Field(
+        "linear",
+        description="after the warm-up, decay to zero or none; warmup_lr, warmup_log_lr: DeepSpeed's WarmupLR of type "
+        "linear or log, whose first two steps have rate 0, then constant",
+    )
     optimizer: Literal[
         "auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "bias_adamw", "bias_adamw_8bit"
     ] = Field(
@@ -505,6 +522,15 @@ class TrainConfig(Section):
             raise ValueError(
                 "activation_offloading=true moves the inputs of checkpointed layers: it needs "
                 f"activation_checkpointing=full or a number of layers, got {self.activation_checkpointing}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup(self):
+        if self.schedule in ("warmup_lr", "warmup_log_lr") and self.warmup_steps < 2:
+            raise ValueError(
+                f"schedule={self.schedule} needs warmup_steps of 2 or more, the fewest of DeepSpeed's WarmupLR, got "
+                f"{self.warmup_steps}"
             )
         return self
 
@@ -584,17 +610,18 @@ _CLASSIFICATION_KEYS = [
     *(f"data.{key}" for key in ("pattern", "verbalizer", "seed", "ood")),
     *("icl", "evaluate.max_examples", "distill.examples"),
 ]
-_LABEL_KEYS = ["data.verbalizer", "icl.balanced", "icl.score", "icl.calibrate", "pbft"]
+_LABEL_KEYS = ["data.verbalizer", "data.max_tokens", "icl.balanced", "icl.score", "icl.calibrate", "pbft", "ft"]
 _SUMMARY_KEYS = ["evaluate.max_summary_tokens"]
+_LABELLED_KEYS = ["data.max_tokens"]
 _CONTEXT_KEYS = ["model.sequence_parallel"]
 _TRAINING_KEYS = ["resume", "distill", "peft", "train", "deepspeed.offload_optimizer", "profile"]
 UNUSED = {
-    ("distill", "documents"): [*_CLASSIFICATION_KEYS, *_SUMMARY_KEYS, "pbft"],
-    ("distill", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, "pbft", "icl.calibrate"],
+    ("distill", "documents"): [*_CLASSIFICATION_KEYS, *_LABELLED_KEYS, *_SUMMARY_KEYS, "pbft", "ft"],
+    ("distill", "classification"): [*_DOCUMENT_KEYS, *_LABELLED_KEYS, *_SUMMARY_KEYS, "pbft", "ft", "icl.calibrate"],
     ("distill", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS],
-    ("icl", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_TRAINING_KEYS, "pbft"],
+    ("icl", "classification"): [*_DOCUMENT_KEYS, *_LABELLED_KEYS, *_SUMMARY_KEYS, *_TRAINING_KEYS, "pbft", "ft"],
     ("icl", "summarization"): [*_DOCUMENT_KEYS, *_LABEL_KEYS, *_TRAINING_KEYS],
-    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_CONTEXT_KEYS, "distill", "icl.calibrate"],
+    ("pbft", "classification"): [*_DOCUMENT_KEYS, *_SUMMARY_KEYS, *_CONTEXT_KEYS, "distill", "ft", "icl.calibrate"],
     ("pbft", "summarization"): [
         *(k for k in _DOCUMENT_KEYS if k != "data.answer_end"),
         *(*_LABEL_KEYS, *_CONTEXT_KEYS, "distill"),
@@ -628,6 +655,7 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="documents and questions")
     icl: IclConfig = Field(default_factory=IclConfig, description="labelled examples of a classification task")
     pbft: PbftConfig = Field(default_factory=PbftConfig, description="pattern-based fine-tuning")
+    ft: FtConfig = Field(default_factory=FtConfig, description="fine-tuning with a classification head")
     queries: QueriesConfig = Field(default_factory=QueriesConfig, description="what the student is trained on")
     distill: DistillConfig = Field(default_factory=DistillConfig, description="the loss")
     peft: PeftConfig = Field(default_factory=PeftConfig, description="the trained parameters")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from deepspeed.runtime.lr_schedules import WarmupLR
 
 from fastft.config import PeftConfig, TrainConfig
 from fastft.optim import LR_SCALE, BiasAdamW, build_optimizer, learning_rate
@@ -55,3 +56,26 @@ def test_the_schedule_warms_up_and_decays_to_almost_zero(schedule):
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] == 1.0 if schedule == "constant" else 0 < rates[-1] < 0.1
+
+
+@pytest.mark.parametrize("kind", ["linear", "log"])
+@pytest.mark.parametrize("warmup_steps", [2, 3, 20])
+def test_warmup_lr_is_that_of_deepspeed(kind, warmup_steps):
+    """The rates with which an optimizer steps that DeepSpeed's scheduler is stepped behind."""
+    schedule = {"linear": "warmup_lr", "log": "warmup_log_lr"}[kind]
+    config = TrainConfig(steps=40, warmup_steps=warmup_steps, lr=0.3, schedule=schedule)
+    optimizer = torch.optim.SGD(parameters().values(), lr=0.3)
+    scheduler = WarmupLR(optimizer, warmup_max_lr=0.3, warmup_num_steps=warmup_steps, warmup_type=kind)
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    rates = [learning_rate(step, config) for step in range(1, 41)]
+    assert rates == pytest.approx(expected)
+    assert rates[:2] == [0, 0] and rates[2] > 0 and rates[-1] == 0.3
+
+
+def test_warmup_lr_needs_a_warmup():
+    with pytest.raises(ValueError, match=r"schedule=warmup_lr needs warmup_steps of 2 or more.*got 1"):
+        TrainConfig(schedule="warmup_lr", warmup_steps=1)

@@ -54,6 +54,7 @@ FREE = (
     *("model.name_or_path", "model.revision", "model.trust_remote_code", "model.attention", "model.mlp_tile"),
     *("data.path", "data.root", "data.files*", "data.hub", "data.ood", "data.control_documents"),
 )
+STEADY_SCHEDULES = ("constant", "warmup_lr", "warmup_log_lr")  # which do not depend on train.steps
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -109,7 +110,7 @@ class Checkpoint:
             raise FastftError(f"{self.path}: its config is not one of this fastft: {'; '.join(problems)}")
         old, new = dict(flatten(there.plain())), dict(flatten(config.plain()))
         free = [*FREE]
-        if old.get("train.schedule") == new.get("train.schedule") == "constant":
+        if old.get("train.schedule") == new.get("train.schedule") and new["train.schedule"] in STEADY_SCHEDULES:
             free.append("train.steps")
         differing = [
             f"  {key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} in the config"

@@ -47,7 +47,16 @@ def build_optimizer(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The schedule's rate at optimizer step `step` (from 1): linear warm-up, then decay to zero after the last."""
+    """The schedule's rate at optimizer step `step` (from 1): linear warm-up, then decay to zero after the last.
+
+    warmup_lr, warmup_log_lr: what a DeepSpeed engine has with the scheduler WarmupLR, min_lr 0, in place of both. The
+    engine steps it behind the optimizer and counts from 0, so that two steps come before its rate rises.
+    """
+    if config.schedule in ("warmup_lr", "warmup_log_lr"):
+        done, last = max(step - 2, 0), config.warmup_steps
+        if config.schedule == "warmup_log_lr":
+            done, last = math.log(done + 1), math.log(last)
+        return config.lr * min(done / last, 1.0)
     if step <= config.warmup_steps:
         return config.lr * step / (config.warmup_steps + 1)
     done = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
