@@ -64,7 +64,7 @@ class Documents:
         def windows_of(document: Document) -> list[Window]:
             reserve = distill.query_reserve(document, config, text)
             return make_windows(
-                document, data, text.encode, text.decode, leading=text.leading, positions=positions, reserve=reserve
+                document, data, text.begin, text.decode, leading=text.leading, positions=positions, reserve=reserve
             )
 
         windows: list[Window] = []

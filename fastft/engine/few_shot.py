@@ -105,7 +105,8 @@ class FewShot(ABC):
         sets = []
         for name, examples in self.asked.items():
             queries = self.encode(examples, text, positions)
-            sets.append(icl.ChoiceSet(queries.prompts, queries.choices, name, [e.label for e in examples]))
+            gold = [e.label for e in examples]
+            sets.append(icl.ChoiceSet(queries.prompts, queries.choices, name, gold, cut=queries.cut))
         return sets
 
     def answer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,17 +38,19 @@ class Labelled(FewShot):
         return few_shot
 
     def encode(self, examples: list[Example], text: Text, positions: int | None) -> icl.Queries:
+        score, max_tokens = self.config.icl.score, self.config.data.max_tokens
         queries = icl.encode_queries(
-            self.pattern, examples, text, behind_demonstrations=False, score=self.config.icl.score
+            self.pattern, examples, text, behind_demonstrations=False, score=score, max_tokens=max_tokens
         )
         if self.config.method == "ft":
             labels = [[label] for label in range(self.num_labels)]
-            queries = icl.Queries(queries.prompts, [labels] * len(examples))
+            queries = replace(queries, choices=[labels] * len(examples))
         longest = len(text.leading) + self.room(queries, text)
         if positions is not None and longest > positions:
             raise DataError(
                 f"the longest example of {self.task} takes {longest} tokens with its answer, but the model has "
-                f"{positions} positions; use a shorter data.pattern or a model with more"
+                f"{positions} positions; cut them with data.max_tokens, or use a shorter data.pattern or a model with "
+                "more"
             )
         return queries
 
@@ -59,20 +61,25 @@ class Labelled(FewShot):
         """A sequence is an example's query, completed by its label."""
         positions = loading.max_positions(base.lm.model.config)
         shots = self.encode_shots(base)
+        evaluated = self.encode_sets(base.text, positions)
+        counts = [("labelled examples", shots), *((f"examples of {s.name}", s) for s in evaluated)]
+        if cut := [f"{s.cut} of {len(s.prompts):,} {what}" for what, s in counts if s.cut]:
+            out.line(f"cut        {', '.join(cut)} to data.max_tokens={self.config.data.max_tokens}")
         return Prepared(
             windows=[],
             sequences=[
                 Sequence(0, "labelled", tuple(prompt), tuple(choices[label]))
                 for prompt, choices, label in zip(shots.prompts, shots.choices, shots.gold, strict=True)
             ],
-            evaluated=self.encode_sets(base.text, positions),
+            evaluated=evaluated,
             control=[],
         )
 
     def encode_shots(self, base: Base) -> icl.ChoiceSet:
         """What is trained on."""
         queries = self.encode(self.shots, base.text, loading.max_positions(base.lm.model.config))
-        return icl.ChoiceSet(queries.prompts, queries.choices, self.task, [e.label for e in self.shots])
+        gold = [e.label for e in self.shots]
+        return icl.ChoiceSet(queries.prompts, queries.choices, self.task, gold, cut=queries.cut)
 
     def objective(self, base: Base, prepared: Prepared, store: TeacherStore | None) -> Objective:
         """The labels' tokens over the vocabulary, or the label among the labels; with a head both are the same."""

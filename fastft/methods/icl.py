@@ -11,7 +11,7 @@ A fine-tuned model answers in the same way, without demonstrations.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ from fastft.tasks import Example, Pattern
 
 @dataclass(frozen=True)
 class Queries:
-    """Examples as token ids: what is asked, and for each the choices that may follow."""
+    """Examples as token ids: what is asked, and for each the choices that may follow. cut: how many were shortened."""
 
     prompts: list[list[int]]
     choices: list[list[list[int]]]
+    cut: int = field(default=0, kw_only=True)
 
     @property
     def labels(self) -> list[int] | None:
@@ -64,17 +65,28 @@ class ChoiceSet(Queries):
 
 def encode_demonstrations(pattern: Pattern, demonstrations: list[Example], text: Text) -> tuple[int, ...]:
     """The tokenizer's leading tokens and the demonstrations: what all queries share. May be empty without any."""
-    return (*text.leading, *text.encode(pattern.separator.join(map(pattern.demonstrate, demonstrations))))
+    return (*text.leading, *text.begin(pattern.separator.join(map(pattern.demonstrate, demonstrations))))
 
 
 def encode_queries(
-    pattern: Pattern, examples: list[Example], text: Text, *, behind_demonstrations: bool, score: str = "mean"
+    pattern: Pattern,
+    examples: list[Example],
+    text: Text,
+    *,
+    behind_demonstrations: bool,
+    score: str = "mean",
+    max_tokens: int | None = None,
 ) -> Queries:
     """The separator belongs to the query: at the end of the demonstrations a tokenizer would cut it otherwise.
 
-    score: see icl.score; of "first", a choice is its first token alone. Raises DataError for label words that are then
-    the same.
+    score: see icl.score; of "first", a choice is its first token alone. max_tokens: see data.max_tokens; the choices
+    are not cut. Raises DataError for label words that are the same, and where max_tokens leaves nothing.
     """
+    if max_tokens is not None and max_tokens <= len(text.leading):
+        raise DataError(
+            f"data.max_tokens={max_tokens} leaves nothing of an example behind the tokenizer's {len(text.leading)} "
+            "leading tokens; use more"
+        )
     front = pattern.separator if behind_demonstrations else ""
     choices = [pattern.choices(example) for example in examples]
     length = 1 if score == "first" else None
@@ -82,10 +94,12 @@ def encode_queries(
     if pattern.verbalizer or score == "first":
         for own in dict.fromkeys(map(tuple, choices)):
             _check_distinct(own, [ids[words] for words in own], text, score)
-    return Queries(
-        text.encode_all([front + pattern.ask(example) for example in examples]),
-        [[ids[words] for words in own] for own in choices],
-    )
+    asked = [front + pattern.ask(example) for example in examples]
+    prompts, cut = text.encode_all(asked, begin=not behind_demonstrations), 0
+    if max_tokens is not None:
+        whole, prompts = prompts, [text.cut(prompt, max_tokens) for prompt in prompts]
+        cut = sum(len(prompt) < len(own) for prompt, own in zip(prompts, whole, strict=True))
+    return Queries(prompts, [[ids[words] for words in own] for own in choices], cut=cut)
 
 
 def _check_distinct(words: tuple[str, ...], ids: list[list[int]], text: Text, score: str) -> None:

@@ -99,8 +99,13 @@ class EstimatedText:
     def encode(self, text: str) -> list[str]:
         return [text[i : i + CHARACTERS_PER_TOKEN] for i in range(0, len(text), CHARACTERS_PER_TOKEN)]
 
-    def encode_all(self, texts: list[str]) -> list[list[str]]:
+    begin = encode
+
+    def encode_all(self, texts: list[str], *, begin: bool = False) -> list[list[str]]:
         return [self.encode(text) for text in texts]
+
+    def cut(self, ids: list[str], max_tokens: int) -> list[str]:
+        return ids[: max_tokens - len(self.leading)]
 
     def decode(self, ids: list[str]) -> str:
         return "".join(ids)
@@ -153,7 +158,7 @@ def _documents(config: Config, text: Any, tokenizer: str, positions: int | None)
     for document in documents:
         reserve = distill.query_reserve(document, config, text)
         own = make_windows(
-            document, data, text.encode, text.decode, leading=list(text.leading), positions=positions, reserve=reserve
+            document, data, text.begin, text.decode, leading=list(text.leading), positions=positions, reserve=reserve
         )
         if document.id == "?":
             own = own[:1]
@@ -247,12 +252,15 @@ def _examples(config: Config, text: Any, tokenizer: str, positions: int | None) 
         learned = train[shots:][:count] if distills else shown
 
         def encode(examples: list[Example]) -> icl.Queries:
-            return icl.encode_queries(pattern, examples, text, behind_demonstrations=behind, score=score)
+            return icl.encode_queries(
+                pattern, examples, text, behind_demonstrations=behind, score=score, max_tokens=config.data.max_tokens
+            )
 
         inputs, sets = encode(learned), [encode(examples) for examples in evaluated]
         how = f"{len(evaluated[0]):,} examples of {config.data.task}, {tokenizer}"
     except DataError:
         size = SUMMARY_TEXT_TOKENS if config.kind == "summarization" else EXAMPLE_TOKENS
+        size = min(size, config.data.max_tokens or size)
         query = icl.Queries([[0] * size], [[[0, 0], [0, 0]]])
         context = (0,) * (shots * (size + 2)) if behind else ()
         inputs = icl.Queries(query.prompts * (count or 256), query.choices * (count or 256))
