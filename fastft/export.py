@@ -89,6 +89,11 @@ def _check(config: Config, kind: str) -> None:
     quantized = config.model.quantization
     if config.method == "icl":
         problem = "method=icl trains nothing"
+    elif config.ft.head != "linear":
+        problem = (
+            f"ft.head={config.ft.head} has no place in transformers' classifiers, whose head is one linear layer; load "
+            "adapter/ with fastft.peft.load_trained"
+        )
     elif kind == "merged" and config.method == "ft" and quantized != "none":
         problem = f"a classifier on a base with model.quantization={quantized} cannot be merged; use peft"
     elif kind == "delta" and peft.kind != "bitfit":

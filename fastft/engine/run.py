@@ -151,6 +151,7 @@ def _run(
             base_model=base.path,
             model=base.lm.model,
             num_labels=num_labels,
+            head=config.ft.head,
         )
     has_adapter = bool(tensors)
     del tensors
@@ -183,6 +184,5 @@ def inject(config: Config, base: Base, num_labels: int | None) -> dict[str, nn.P
     """Make the configured parameters trainable, with a new head where num_labels are to be told apart."""
     if num_labels is None:
         return peft.inject(base.lm.model, config.peft)
-    weight = ft.replace_head(base.lm, num_labels)
-    trained = peft.inject(base.lm.model, config.peft)
-    return {**trained, f"{peft.head_name(base.lm.model)}.weight": weight.requires_grad_(True)}
+    head = ft.replace_head(base.lm, num_labels, config.ft.head, dropout=config.model.dropout)
+    return {**peft.inject(base.lm.model, config.peft), **{name: p.requires_grad_(True) for name, p in head.items()}}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fastft.config import PeftConfig
 from fastft.errors import ModelError
+from fastft.models.classifier import MlpClassifier, hidden_dropout, initial_std
 from fastft.peft import bitfit, lora
 from fastft.peft.files import head_name, read_trained, save_adapter
 from fastft.peft.frozen_linear import freeze_linears
@@ -58,7 +59,7 @@ def embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     A head that is tied to the token embeddings is one parameter with them, under their name.
     """
     head = model.get_output_embeddings()
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is head}
+    weights = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     found = {name: p for name, p in model.named_parameters() if id(p) in weights}
     for parameter in found.values():
         parameter.requires_grad_(True)
@@ -71,8 +72,10 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike) -> PreTraine
     model: the base; transformers' sequence classifier of it where the run had a classification head.
     Raises ModelError where folder and model do not fit.
     """
-    config, tensors = read_trained(Path(folder))
-    inject(model, config)
+    saved, tensors = read_trained(Path(folder))
+    if saved.head == "mlp":
+        replace_score(model, saved.num_labels)
+    inject(model, saved.peft)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in tensors.items():
         if name not in parameters or parameters[name].shape != value.shape:
@@ -80,3 +83,18 @@ def load_trained(model: PreTrainedModel, folder: str | os.PathLike) -> PreTraine
         with torch.no_grad():
             parameters[name].copy_(value)
     return model.requires_grad_(False)
+
+
+def replace_score(model: PreTrainedModel, num_labels: int) -> None:
+    """Put an `MlpClassifier` in the place of the linear layer of transformers' sequence classifier."""
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise ModelError(
+            f"{type(model).__name__} has no classification head `score`, in whose place ft.head=mlp belongs; load the "
+            "base with AutoModelForSequenceClassification"
+        )
+    factory = {"device": score.weight.device, "dtype": score.weight.dtype}
+    std, dropout = initial_std(model.config), hidden_dropout(model.config)
+    classifier = MlpClassifier(score.in_features, num_labels, std=std, dropout=dropout, **factory)
+    model.score = classifier.train(model.training)
+    model.num_labels = model.config.num_labels = num_labels

@@ -5,11 +5,11 @@ bitfit  biases.safetensors: every trained bias under its name in the base model,
 full    the whole model, as `save_pretrained` writes it
 head    head.safetensors, the classification head alone
 else    trained.safetensors: every trained parameter under its name in the model, and trained_config.json; for what
-        those formats have no place for (peft.activation, adapter_biases, trained_scale, train_embeddings); to be read
-        by `fastft.peft.load_trained`
+        those formats have no place for (peft.activation, adapter_biases, trained_scale, train_embeddings; ft.head=mlp);
+        to be read by `fastft.peft.load_trained`
 
-A classification head (method=ft) is saved under transformers' name for it, `score.weight`: in PEFT's format as one of
-the `modules_to_save`, so that `AutoModelForSequenceClassification` and PEFT load it; in the other files beside the
+A classification head (method=ft) is saved under transformers' name for it, `score`: in PEFT's format as one of the
+`modules_to_save`, so that `AutoModelForSequenceClassification` and PEFT load it; in the other files beside the
 rest, for `model.load_state_dict(load_file(FILE), strict=False)`.
 """
 
@@ -20,6 +20,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,10 +28,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fastft.config import PeftConfig
+from fastft.config import PeftConfig, Section
 from fastft.errors import FastftError, ModelError
 
 CLASSIFICATION_HEAD = "score.weight"  # what transformers calls it in its sequence classifiers
+
+
+class Saved(Section):
+    """What trained_config.json says; num_labels, head: of a classifier."""
+
+    base_model_name_or_path: str
+    num_labels: int | None
+    head: Literal["linear", "mlp"] = "linear"
+    peft: PeftConfig
 
 
 def save_adapter(
@@ -41,15 +51,23 @@ def save_adapter(
     base_model: str,
     model: PreTrainedModel,
     num_labels: int | None = None,
+    head: str = "linear",
 ) -> None:
     """Write the trained parameters (whole tensors by name in the model) below `folder`, each file atomically.
 
-    num_labels: of a classifier, whose head stands in the place of the language-model head.
+    num_labels: of a classifier, whose head (ft.head) stands in the place of the language-model head.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in trained.items()}
     if num_labels is not None:
-        tensors[CLASSIFICATION_HEAD] = tensors.pop(f"{head_name(model)}.weight")
+        inside = f"{head_name(model)}."
+        tensors = {f"score.{n.removeprefix(inside)}" if n.startswith(inside) else n: t for n, t in tensors.items()}
+    if not config.is_plain or head != "linear":
+        _write_tensors(folder / "trained.safetensors", tensors)
+        described = config.model_copy(update={"target_modules": _targets(tensors, config)})
+        saved = Saved(base_model_name_or_path=base_model, num_labels=num_labels, head=head, peft=described)
+        _write_json(folder / "trained_config.json", saved.model_dump(mode="json"))
+        return
     if config.kind == "full":
         whole = model if num_labels is None else _empty_classifier(model, num_labels)
         whole.save_pretrained(folder, state_dict=tensors)
@@ -58,12 +76,6 @@ def save_adapter(
         _write_tensors(folder / "head.safetensors", tensors)
         described = {"kind": "head", "base_model_name_or_path": base_model, "num_labels": num_labels}
         _write_json(folder / "head_config.json", described)
-        return
-    if not config.is_plain:
-        _write_tensors(folder / "trained.safetensors", tensors)
-        described = config.model_copy(update={"target_modules": _targets(tensors, config)}).model_dump(mode="json")
-        described = {"base_model_name_or_path": base_model, "num_labels": num_labels, "peft": described}
-        _write_json(folder / "trained_config.json", described)
         return
     if config.kind == "bitfit":
         _write_tensors(folder / "biases.safetensors", tensors)
@@ -118,13 +130,12 @@ def _empty_classifier(model: PreTrainedModel, num_labels: int) -> PreTrainedMode
         return AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
 
 
-def read_trained(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+def read_trained(folder: Path) -> tuple[Saved, dict[str, torch.Tensor]]:
     """What `save_adapter` wrote to trained_config.json and trained.safetensors."""
     path = folder / "trained_config.json"
     if not path.is_file():
         raise ModelError(f"{path}: no such file; expected the adapter/ folder of a run that holds trained.safetensors")
-    described = json.loads(path.read_text(encoding="utf-8"))
-    return PeftConfig.model_validate(described["peft"]), load_file(folder / "trained.safetensors")
+    return Saved.model_validate_json(path.read_text(encoding="utf-8")), load_file(folder / "trained.safetensors")
 
 
 def load_biases(model: nn.Module, folder: str | os.PathLike) -> nn.Module:

@@ -103,12 +103,14 @@ def build(model_config: PretrainedConfig, *, dtype: str, layers: int | None = No
     return loading.arrange(model)
 
 
-def inject(model: PreTrainedModel, config: PeftConfig, num_labels: int | None) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, as a run makes them; num_labels: with a classification head of so many."""
+def inject(
+    lm: PackedCausalLM, config: PeftConfig, num_labels: int | None, head: str = "linear"
+) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, as a run makes them; num_labels: with a head for so many, see ft.head."""
     if num_labels is None:
-        return peft.inject(model, config)
-    head = ft.replace_head(PackedCausalLM(model), num_labels)
-    return {**peft.inject(model, config), f"{peft.head_name(model)}.weight": head.requires_grad_(True)}
+        return peft.inject(lm.model, config)
+    new = ft.replace_head(lm, num_labels, head)
+    return {**peft.inject(lm.model, config), **{name: p.requires_grad_(True) for name, p in new.items()}}
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def count(model_config: PretrainedConfig, config: Config, num_labels: int | None
     layer_sizes = [sum(p.numel() for p in layer.parameters()) for layer in lm.layers]  # the adapter is not there yet
     small = sum(p.numel() for p in parameters.values() if p.numel() < PERSISTENT)
     with torch.device("meta"):
-        trained = inject(model, config.peft, num_labels)
+        trained = inject(lm, config.peft, num_labels, config.ft.head)
     return Counts(
         parameters=total,
         linear=sum(linear.values()),

@@ -102,7 +102,7 @@ class Planner:
         self.config, self.workload, self.device, self.ranks = config, workload, device, ranks
         self.host_memory = host_memory or psutil.virtual_memory().total
         self.counts = architecture.count(model_config, config, num_labels)
-        self.tracer = Tracer(model_config, config.peft, config.model.dtype, num_labels)
+        self.tracer = Tracer(model_config, config.peft, config.model.dtype, num_labels, config.ft.head)
 
     def plan(self, config: Config | None = None) -> Plan:
         config = config or self.config

@@ -152,10 +152,18 @@ class Tracer:
 
     _known: ClassVar[dict[tuple, dict[str, int]]] = {}
 
-    def __init__(self, model_config: PretrainedConfig, peft: PeftConfig, dtype: str, num_labels: int | None):
-        self.model_config, self.peft, self.dtype, self.num_labels = model_config, peft, dtype, num_labels
+    def __init__(
+        self,
+        model_config: PretrainedConfig,
+        peft: PeftConfig,
+        dtype: str,
+        num_labels: int | None,
+        head: str = "linear",
+    ):
+        self.model_config, self.peft, self.dtype = model_config, peft, dtype
+        self.num_labels, self.head = num_labels, head
         self.layers = model_config.get_text_config().num_hidden_layers
-        self._key = (model_config.to_json_string(), peft.model_dump_json(), dtype, num_labels)
+        self._key = (model_config.to_json_string(), peft.model_dump_json(), dtype, num_labels, head)
 
     def peak(self, job: Pass) -> dict[str, int]:
         """Bytes by category when their sum is highest, weights and their gradients left out."""
@@ -180,10 +188,10 @@ class Tracer:
         packed = _packed(job)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = model.to_empty(device="cpu")
-            trained = architecture.inject(model, self.peft, self.num_labels) if job.trains else {}
+            lm = PackedCausalLM(model)
+            trained = architecture.inject(lm, self.peft, self.num_labels, self.head) if job.trains else {}
             for parameter in trained.values():  # DeepSpeed takes a gradient as soon as it is there
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            lm = PackedCausalLM(model)
             ids = torch.zeros(1, sum(packed.lengths), dtype=torch.long)
             tracker = Tracker([*model.parameters(), *model.buffers(), ids])
             if job.mlp_tile:

@@ -19,7 +19,7 @@ from fastft.cli import main
 from fastft.config import validate
 from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.labelled import Labelled
-from fastft.errors import Interrupted
+from fastft.errors import Interrupted, ModelError
 from fastft.peft import load_trained
 from tests.conftest import clean_environment, losses
 from tests.engine.test_icl_run import figures, ok, write
@@ -124,8 +124,9 @@ def test_the_model_is_trained_from_its_own_seed(labelled_config, launch, tmp_pat
         ("pbft", {"data": {"verbalizer": ["Tessa Bray", "nine"]}, "pbft": {"loss_over": "labels"}}),
         ("pbft", {"data": {"verbalizer": ["built by anchors", "nine"]}, "icl": {"score": "first"}}),
         ("ft", {}),
+        ("ft", {"ft": {"head": "mlp"}}),
     ],
-    ids=["vocabulary", "labels", "labels of several tokens", "first tokens", "head"],
+    ids=["vocabulary", "labels", "labels of several tokens", "first tokens", "head", "mlp head"],
 )
 def test_it_learns(labelled_config, launch, method, sections):
     raw = labelled_config(method, **sections, train={"steps": 40, "batch_size": 4, "eval_every": 20})
@@ -167,6 +168,8 @@ CASES = [
     ("pbft", "opt", {"peft": {"kind": "bitfit", "train_embeddings": True}}),
     ("ft", "opt", {"peft": {"kind": "bitfit"}}),
     ("ft", "opt", {"peft": {"kind": "head"}}),
+    ("ft", "opt", {"ft": {"head": "mlp"}, "peft": {"kind": "bitfit"}}),
+    ("ft", "llama", {"ft": {"head": "mlp"}}),
 ]
 
 
@@ -184,7 +187,7 @@ def test_zero_stages_agree(labelled_config, launch, tmp_path, method, kind, sect
         torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "kind", "sections"), [CASES[0], CASES[2], CASES[5], CASES[6]])
+@pytest.mark.parametrize(("method", "kind", "sections"), [CASES[0], CASES[2], CASES[5], CASES[6], CASES[10]])
 def test_two_processes_agree_with_one(labelled_config, launch, tmp_path, method, kind, sections):
     found = []
     for processes, stage in ((1, 0), (2, 3)):
@@ -202,12 +205,19 @@ def _numbers(folder: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("method", "kind", "peft"), [("pbft", "llama", {}), ("pbft", "opt", LLMFT), ("ft", "llama", {})]
+    ("method", "kind", "sections"),
+    [
+        ("pbft", "llama", {}),
+        ("pbft", "opt", {"peft": LLMFT}),
+        ("ft", "llama", {}),
+        ("ft", "opt", {"ft": {"head": "mlp"}, "train": {"schedule": "warmup_lr", "warmup_steps": 2}}),
+    ],
 )
 def test_a_stopped_run_goes_on_with_the_same_numbers(
-    labelled_config, launch, tmp_path, monkeypatch, method, kind, peft
+    labelled_config, launch, tmp_path, monkeypatch, method, kind, sections
 ):
-    raw = labelled_config(method, kind, peft=peft, train={"save_every": 3, "steps": 6})
+    train = {"save_every": 3, "steps": 6, **sections.get("train", {})}
+    raw = labelled_config(method, kind, **{**sections, "train": train})
     straight = {**raw, "output_dir": str(tmp_path / "straight")}
     ok(launch(straight))
 
@@ -301,6 +311,55 @@ def test_what_peft_cannot_hold_loads_back(labelled_config, launch, tmp_path, tin
         )
 
 
+class DenseReluOutput(nn.Module):
+    """The default head of uds-lsv/llmft in plain PyTorch, its dropout apart."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        super().__init__()
+        self.tensors = tensors
+
+    def forward(self, hidden):
+        dense = torch.relu(hidden @ self.tensors["score.dense.weight"].t() + self.tensors["score.dense.bias"])
+        return dense @ self.tensors["score.output.weight"].t() + self.tensors["score.output.bias"]
+
+
+@pytest.mark.parametrize(("kind", "peft"), [("llama", "lora"), ("opt", "bitfit"), ("llama", "full"), ("opt", "head")])
+def test_an_mlp_head_loads_back(labelled_config, launch, tmp_path, tiny, tokenizer, capsys, kind, peft):
+    """In transformers' sequence classifier it gives the run's predictions, and its tensors are a plain dense head."""
+    raw = labelled_config("ft", kind, ft={"head": "mlp"}, peft={"kind": peft}, deepspeed={"zero_stage": 3})
+    ok(launch(raw))
+    adapter = Path(raw["output_dir"]) / "adapter"
+    assert sorted(p.name for p in adapter.iterdir()) == ["trained.safetensors", "trained_config.json"]
+    base = AutoModelForSequenceClassification.from_pretrained(tiny(kind), dtype=torch.float32).eval()
+    model = load_trained(base, adapter)
+    rows = map(json.loads, (tmp_path / "rte" / "validation.jsonl").read_text().splitlines())
+    texts = [f"{row['sentence1'].strip()} {row['sentence2'].strip()} ?" for row in rows]
+    expected = torch.tensor([row["log_probs"] for row in figures(raw["output_dir"])[1] if row["set"] == "rte"])
+    for head in (model.score, DenseReluOutput(load_file(adapter / "trained.safetensors"))):
+        model.score = head
+        scores = torch.cat([model(torch.tensor([tokenizer(text).input_ids])).logits for text in texts])
+        torch.testing.assert_close(scores.log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match=r"has no classification head `score`.*AutoModelForSequenceClassification"):
+        load_trained(AutoModelForCausalLM.from_pretrained(tiny(kind)), adapter)
+    capsys.readouterr()
+    assert main(["export", raw["output_dir"]]) == 1
+    assert "ft.head=mlp has no place in transformers' classifiers" in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_cuts(labelled_config, launch):
+    """Of the examples that are trained on and of those that are asked; nothing where nothing is cut."""
+    said, tokens = {}, {}
+    for max_tokens in (8, 500):
+        raw = {**labelled_config("ft", data={"max_tokens": max_tokens}), "overwrite": True}
+        done = launch(raw)
+        ok(done)
+        said[max_tokens] = re.findall("(?m)^cut .*", done.stdout)
+        tokens[max_tokens] = {s["inference_tokens_per_query"] for s in figures(raw["output_dir"])[0]["sets"].values()}
+    everything = "4 of 4 labelled examples, 11 of 11 examples of rte, 6 of 6 examples of hans"
+    assert said == {8: [f"cut        {everything} to data.max_tokens=8"], 500: []}
+    assert tokens[8] == {8} and min(tokens[500]) > 8
+
+
 class QueryAndValueAdapter(nn.Module):
     """A frozen linear layer with the adapter of uds-lsv/llmft beside it, in plain PyTorch."""
 
@@ -385,6 +444,8 @@ def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
         ("pbft", {"peft": {"kind": "head"}}, "peft.kind=head trains the classification head of method=ft"),
         ("ft", {"pbft": {"loss_over": "labels"}}, "method=ft with data.task=rte does not use pbft"),
         ("ft", {"icl": {"score": "sum"}}, "does not use icl.score"),
+        ("pbft", {"ft": {"head": "mlp"}}, "method=pbft with data.task=rte does not use ft"),
+        ("distill", {"data": {"max_tokens": 256}}, "does not use data.max_tokens"),
         ("pbft", {"distill": {"examples": 3}}, "method=pbft with data.task=rte does not use distill"),
         ("pbft", {"data": {"task": "narrativeqa"}}, "method=pbft needs a classification or summarization task"),
         (
@@ -405,7 +466,7 @@ def test_load_biases_takes_the_head_along(labelled_config, launch, tiny):
         (
             "pbft",
             {"data": {"split": "long"}},
-            r"the longest example of rte takes \d+ tokens with its answer, but the model has 512",
+            r"the longest example of rte takes \d+ tokens with its answer, but the model has 512 positions; cut them",
         ),
     ],
 )

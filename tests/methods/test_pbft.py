@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastft.distributed import Ranks
 from fastft.errors import DataError
@@ -77,14 +78,31 @@ def test_loss_over_the_labels(pair, kind, score):
     check(ours, theirs, loss, expected)
 
 
+class DenseReluOutput(nn.Module):
+    """The default head of uds-lsv/llmft in plain PyTorch, its dropout apart."""
+
+    def __init__(self, hidden_size: int, num_labels: int):
+        super().__init__()
+        self.dense, self.output = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, num_labels)
+
+    def forward(self, hidden):
+        return self.output(torch.relu(self.dense(hidden)))
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_a_head_is_that_of_a_sequence_classifier(tiny, kind):
+def test_a_head_is_that_of_a_sequence_classifier(tiny, kind, head):
     """Loss, gradients and log-probabilities equal transformers' ForSequenceClassification with the same head."""
     ours = PackedCausalLM(load_model(str(tiny(kind)), dtype="float32").double().requires_grad_(True))
     theirs = AutoModelForSequenceClassification.from_pretrained(tiny(kind), num_labels=3, dtype=torch.float64).eval()
-    weight = ft.replace_head(ours, 3)
+    if head == "mlp":
+        theirs.score = DenseReluOutput(32, 3).double()
+    trained = ft.replace_head(ours, 3, head)
+    trained = {name.replace("lm_head", "score"): p for name, p in trained.items()}
     with torch.no_grad():
-        theirs.score.weight.copy_(weight)
+        for name, p in trained.items():
+            p.normal_(std=0.1)  # the biases are 0 at first
+            theirs.get_parameter(name).copy_(p)
     examples = icl.ChoiceSet(PROMPTS, [[[0], [1], [2]]] * 3, "set", [2, 0, 1])
     loss = pbft.vocabulary_loss(ours, examples, [0, 1, 2], leading=[0])
     logits = torch.cat([theirs(torch.tensor([[0, *prompt]])).logits for prompt in PROMPTS])
@@ -95,10 +113,58 @@ def test_a_head_is_that_of_a_sequence_classifier(tiny, kind):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     loss.backward()
     expected.backward()
-    gradients = dict(ours.model.named_parameters())
+    gradients = dict(ours.model.named_parameters()) | trained
+    assert {name for name, _ in theirs.named_parameters() if "score" in name} == trained.keys()
     for name, p in theirs.named_parameters():
-        own = weight if name == "score.weight" else gradients[name]
-        torch.testing.assert_close(own.grad, p.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients[name].grad, p.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_mlp_head(tiny):
+    """Weights from N(0, init_std), biases zero; the model's dropout only where asked for, and only in training."""
+    ours = PackedCausalLM(load_model(str(tiny("opt")), dtype="float32"))
+    ours.model.config.init_std = 0.5
+    dense, dense_bias, output, output_bias = ft.replace_head(ours, 3, "mlp", dropout=True).values()
+    assert dense.shape == (32, 32) and output.shape == (3, 32)
+    assert dense.std().item() == pytest.approx(0.5, rel=0.1) and output.std().item() == pytest.approx(0.5, rel=0.3)
+    assert not dense_bias.any() and dense_bias.shape == (32,) and not output_bias.any() and output_bias.shape == (3,)
+
+    def zeros() -> float:
+        return ours.head(torch.ones(200, 32), lambda features, weight: features).eq(0).float().mean().item()
+
+    ours.eval()
+    negative = zeros()
+    ours.train()
+    assert ours.head.dropout == 0.1
+    assert zeros() == pytest.approx(1 - 0.9 * (1 - negative), abs=0.02) and zeros() > negative
+    ft.replace_head(ours, 3, "mlp")
+    assert ours.head.dropout == 0.0
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_examples_are_cut_as_by_transformers(tiny, kind, side):
+    """Against the call of uds-lsv/llmft's preprocess_function: the filled pattern, special tokens counted."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny(kind), truncation_side=side)
+    examples = [Example({"text1": "the mill " * n, "text2": "a goat"}, 0) for n in (1, 3, 30)]
+    pattern, text = Pattern("{text1} {text2} ?", (" Yes", " No")), Text(tokenizer)
+    whole = icl.encode_queries(pattern, examples, text, behind_demonstrations=False)
+    for n in (1 + len(text.leading), 7, 12, 500):
+        found = icl.encode_queries(pattern, examples, text, behind_demonstrations=False, max_tokens=n)
+        texts = [pattern.ask(example) for example in examples]
+        expected = tokenizer(texts, max_length=n, truncation=True).input_ids
+        assert [[*text.leading, *prompt] for prompt in found.prompts] == expected
+        assert found.cut == sum(a != b for a, b in zip(found.prompts, whole.prompts, strict=True))
+        assert found.choices == whole.choices
+    assert whole.cut == found.cut == 0
+
+
+def test_a_cut_that_leaves_nothing_is_refused(tokenizer):
+    text, examples = Text(tokenizer), [Example({"text1": "a mill"}, 0)]
+    assert len(text.leading) == 1
+    with pytest.raises(DataError, match=r"data.max_tokens=1 leaves nothing of an example behind .* 1 leading tokens"):
+        icl.encode_queries(
+            Pattern("{text1}", (" Yes", " No")), examples, text, behind_demonstrations=False, max_tokens=1
+        )
 
 
 def test_words_that_cannot_be_told_apart(tokenizer):

@@ -65,6 +65,16 @@ def test_opt_30b():
     assert q_and_v.trained == 22_020_096
 
 
+def test_classification_heads_of_opt_30b():
+    """Trained alone: a matrix of three rows; with a hidden layer also [H, H], and the biases of both."""
+    H = 7168
+    for head, parameters in (("linear", 3 * H), ("mlp", H * H + H + 3 * H + 3)):
+        c = config(method="ft", data={"task": "rte"}, ft={"head": head}, peft={"kind": "head"})
+        counts = architecture.count(architecture.PUBLISHED["facebook/opt-30b"], c, num_labels=3)
+        assert counts.trained == counts.added == parameters
+        assert counts.adapter == parameters - (H + 3 if head == "mlp" else 0)
+
+
 @pytest.mark.parametrize(("kind", "gb"), [("none", 59.95), ("int8", 30.36), ("nf4", 16.02)])
 def test_bytes_of_a_quantised_base(kind, gb):
     c, counts = opt_30b(peft={"kind": "lora"})

@@ -357,7 +357,7 @@ def test_bytes_without_sense(text):
         hardware.parse_bytes(text, "--memory")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "distill_rte", "pbft_rte", "ft_rte", "icl_rte"])
+@pytest.mark.parametrize("name", ["quickstart", "distill_rte", "pbft_rte", "ft_rte", "icl_rte", "llmft/cola_ft"])
 def test_every_method_can_be_planned(name):
     small = "model.name_or_path=facebook/opt-125m"  # in the table, with nothing to convert
     prepared, _ = planner(load_config(ROOT / f"configs/{name}.yaml", [small]), "rtx4090")
