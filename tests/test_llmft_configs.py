@@ -18,6 +18,7 @@ TASKS = {  # task, its set of another distribution, label words
 # kind, examples, epochs, batch, share of the steps that is warm-up, learning rate
 TRAINED = {
     "pbft": ("full", 16, 40, 16, 0.1, 1e-5),
+    "ft": ("full", 16, 40, 16, 0.1, 1e-5),
     "lora": ("lora", 32, 80, 32, 0.25, 2e-4),
     "bitfit": ("bitfit", 128, 100, 32, 0.25, 1e-4),
 }
@@ -45,13 +46,17 @@ def test_the_published_settings(name, method, model):
     assert c.output_dir == f"runs/llmft/{name}_{method}"
     if method == "icl":
         assert (c.method, c.icl.num_shots, c.icl.balanced, c.icl.calibrate) == ("icl", 16, True, False)
+        assert c.data.max_tokens is None  # their in-context runs refuse what is longer than the window
         return
     kind, examples, epochs, batch, warmup, lr = TRAINED[method]
-    assert (c.method, c.peft.kind, c.icl.num_shots, c.icl.balanced) == ("pbft", kind, examples, False)
+    own = "ft" if method == "ft" else "pbft"
+    assert (c.method, c.peft.kind, c.icl.num_shots, c.icl.balanced) == (own, kind, examples, False)
+    assert c.data.max_tokens == 256  # --max_seq_length
     assert c.train.batch_size == batch and c.train.steps == epochs * examples // batch
     assert c.train.warmup_steps == warmup * c.train.steps
-    assert (c.train.lr, c.train.schedule, c.train.weight_decay) == (lr, "constant", 0.0)
+    assert (c.train.lr, c.train.schedule, c.train.weight_decay) == (lr, "warmup_lr", 0.0)
     assert c.pbft.loss_over == "vocabulary" and c.model.dropout
+    assert c.ft.head == ("mlp" if method == "ft" else "linear")
     if kind == "lora":
         assert (c.peft.r, c.peft.lora_alpha, c.peft.target_modules) == (8, 8.0, ["q_proj", "v_proj"])
         assert c.peft.lora_plus_ratio == 1.0
@@ -80,7 +85,7 @@ def test_the_sweeps(monkeypatch, method, shots, settings):
             assert c.train.batch_size == min(c.icl.num_shots, 32)
             assert c.train.steps == epochs * c.icl.num_shots // c.train.batch_size
             assert c.train.warmup_steps == warmup * c.train.steps
-            assert (c.peft.kind, c.train.lr) == (kind, lr)
+            assert (c.peft.kind, c.train.lr, c.train.schedule, c.data.max_tokens) == (kind, lr, "warmup_lr", 256)
             if kind == "lora":
                 expected = 8 * HEAD_SIZES[c.model.name_or_path] ** 0.5
                 assert c.peft.alpha_pattern["q_proj"] == pytest.approx(expected, abs=1e-4)
