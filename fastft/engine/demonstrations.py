@@ -200,7 +200,7 @@ class Demonstrations(FewShot):
             "sets_teacher": sets["teacher"],
         }
 
-    def report(self, folder: Path, summary: dict[str, Any], answers: Answers, out: Reporter) -> None:
+    def report(self, folder: Path, summary: dict[str, Any], found: dict[str, Answers], out: Reporter) -> None:
         if "recovery" in summary:
             out.show(before_after(summary))
-        super().report(folder, summary, answers, out)
+        super().report(folder, summary, found, out)

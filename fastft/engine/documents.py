@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fastft.engine.objective import Objective, distillation
 from fastft.engine.output import write_json
 from fastft.engine.progress import Reporter
 from fastft.errors import DataError
+from fastft.files import write_text
 from fastft.methods import distill
 from fastft.methods.evaluation import QuestionSet, Scores, evaluate, recovery, total, truncated_nll
 from fastft.models import loading
@@ -206,10 +208,22 @@ class Documents:
             summary["control_documents"] = [s.document for s in prepared.control]
         return summary
 
-    def report(self, folder: Path, summary: dict[str, Any], after: SetScores, out: Reporter) -> None:
-        """Print the table; write report.html."""
+    def report(self, folder: Path, summary: dict[str, Any], found: dict[str, SetScores], out: Reporter) -> None:
+        """Print the table; write report.html, and predictions.jsonl where answers were generated."""
         out.show(before_after(summary))
+        rows = list(prediction_rows({name: scores.get("evaluated", []) for name, scores in found.items()}, summary))
+        if rows:
+            write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_report(folder, self.config, summary)
+
+
+def prediction_rows(found: dict[str, list[Scores]], summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The lines of predictions.jsonl: questions in the order in which they were asked, with each model's answer."""
+    for number, document in enumerate(summary.get("documents", [])):
+        answers = {name: scores[number].answers or [] for name, scores in found.items()}
+        for i, asked in enumerate(answers["student"]):
+            own = {name: rows[i]["answer"] for name, rows in answers.items()}
+            yield {"document": document["id"], "index": i, "question": asked["question"], "gold": asked["gold"], **own}
 
 
 def split_questions(document: Document, config: Config) -> tuple[list[Question], list[Question]]:
@@ -233,6 +247,7 @@ def question_set(
         [question_prompt(q.text, config.data, text.encode) for q in questions],
         [[answer_tokens(a, config.data, text.encode) for a in q.answers] for q in questions],
         [q.answers for q in questions],
+        [q.text for q in questions],
     )
 
 

@@ -204,10 +204,13 @@ class FewShot(ABC):
             "sets": sets,
         }
 
-    def report(self, folder: Path, summary: dict[str, Any], answers: Answers, out: Reporter) -> None:
-        """Print the table; write predictions.jsonl and report.html."""
+    def report(self, folder: Path, summary: dict[str, Any], found: dict[str, Answers], out: Reporter) -> None:
+        """Print the table; write report.html, and predictions.jsonl with what the evaluated model said.
+
+        found: what each model said, that one under "student".
+        """
         out.show(sets_table(summary))
-        rows = (row for answered in answers.values() for row in self.prediction_rows(answered))
+        rows = (row for answered in found["student"].values() for row in self.prediction_rows(answered))
         write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_sets_report(folder, self.config, summary)
 

@@ -79,7 +79,7 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     if ranks.is_first:
         if keep:
             begin_results(config, output_dir, None)
-            few_shot.report(output_dir, summary, answers, out)
+            few_shot.report(output_dir, summary, {"student": answers}, out)
             write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
             out.line(f"report     {output_dir / 'report.html'}")
             out.line(f"summary    {output_dir / 'summary.json'}  ({seconds['total']:.0f} s in all)")

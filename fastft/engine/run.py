@@ -170,7 +170,7 @@ def _run(
         summary["trained_parameters"] = number
         summary["plan"] = compare_with_plan(config, base, prepared, summary, ranks, num_labels, out)
         profiled.write("complete", step=summary["steps"], plan=summary["plan"])
-        source.report(output_dir, summary, after, out)
+        source.report(output_dir, summary, {**before, "student": after}, out)
         write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
         if has_adapter:
             out.line(f"adapter    {output_dir / 'adapter'}")

@@ -6,7 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class QuestionSet:
     prompts: list[list[int]]
     answers: list[list[list[int]]]  # per question its accepted answers
     texts: list[tuple[str, ...]]  # the same as text
+    questions: list[str]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Scores:
     exact_match: float | None = None
     questions: int = 0
     nll_first_window: float | None = None  # in context: with the document cut to its first window; the sum, as nll
+    answers: list[dict[str, Any]] | None = None  # of each question: question, gold (accepted answers), answer (greedy)
 
     @property
     def nll_per_token(self) -> float:
@@ -118,6 +120,7 @@ def evaluate(
     ]
     # Of each question in each window: nll, tokens, f1, exact match.
     results = [torch.zeros(n, len(s.prompts), 4, dtype=torch.float64) for n, s in zip(count, sets, strict=True)]
+    written: dict[tuple[int, int, int], str] = {}  # set, window, question -> answer
     leading = [] if in_context else text.leading
 
     def passes() -> Iterator[Job]:
@@ -154,21 +157,28 @@ def evaluate(
                 ranks=ranks,
             )
             for i, (q, ids) in enumerate(zip(span, answers, strict=True)):
-                answer = text.decode(ids)
+                written[index, w, q] = answer = text.decode(ids)
                 row[i, 2] = max(token_f1(answer, gold) for gold in questions.texts[q])
                 row[i, 3] = max(float(normalize(answer) == normalize(gold)) for gold in questions.texts[q])
         if counts:
             results[index][w, span.start : span.stop] = row
             advance(len(span))
+    written = {key: answer for part in ranks.gather(written) for key, answer in part.items()}
     summed = ranks.sum(torch.cat([r.flatten() for r in results])).cpu().split([r.numel() for r in results])
     scores = []
-    for flat, result in zip(summed, results, strict=True):
+    for index, (flat, result) in enumerate(zip(summed, results, strict=True)):
         in_window = flat.view(result.shape)
-        best = in_window[in_window[..., 0].argmin(0), torch.arange(result.shape[1])]
+        window = in_window[..., 0].argmin(0)
+        best = in_window[window, torch.arange(result.shape[1])]
         nll, tokens, f1, exact_match = best.sum(0).tolist()
-        generated = (f1, exact_match) if max_new_tokens else (None, None)
-        cut = in_window[0, :, 0].sum().item() if in_context else None
-        scores.append(Scores(nll, int(tokens), *generated, questions=len(best), nll_first_window=cut))
+        found = Scores(nll, int(tokens), questions=len(best))
+        if max_new_tokens:
+            asked = enumerate(zip(sets[index].questions, sets[index].texts, window.tolist(), strict=True))
+            answers = [{"question": q, "gold": gold, "answer": written[index, w, i]} for i, (q, gold, w) in asked]
+            found = replace(found, f1=f1, exact_match=exact_match, answers=answers)
+        if in_context:
+            found = replace(found, nll_first_window=in_window[0, :, 0].sum().item())
+        scores.append(found)
     return scores
 
 

@@ -167,7 +167,7 @@ def _documents(config: Config, text: Any, tokenizer: str, positions: int | None)
             windows.append(window)
         prompts = [question_prompt(q.text, data, text.encode) for q in document.questions]
         answers = [[answer_tokens(a, data, text.encode) for a in q.answers] for q in document.questions]
-        asked.append(QuestionSet(document.id, own, prompts, answers, []))
+        asked.append(QuestionSet(document.id, own, prompts, answers, [], []))
     study = config.queries.self_study
     longest = len(question_prompt("", data, text.encode)) + study.max_question_tokens
     sequences += [

@@ -22,11 +22,12 @@ def before_after_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str
     heads = ["model", "NLL of the label" if labels else "NLL per token", "recovery", *metrics]
     if summary["nll_no_context"] is None:
         return heads, []
-    shown = {"no_context": 0.0, "student": summary["recovery"], "teacher": 1.0}
+    share = summary["recovery"]  # None where the context does not help, and there is nothing to have a share of
+    shown = {} if share is None else {"no_context": 0.0, "student": share, "teacher": 1.0}
     rows = []
     for label, name in ROWS:
         values = [percent(summary.get(f"{metric}_{name}")) for metric in metrics.values()]
-        rows.append([label, f"{summary[f'nll_{name}']:.3f}", number(shown[name]), *values])
+        rows.append([label, f"{summary[f'nll_{name}']:.3f}", number(shown.get(name)), *values])
     if "nll_truncated" in summary:
         shown = number(summary["recovery_truncated"])
         rows.append(["in context, cut to one window", f"{summary['nll_truncated']:.3f}", shown, *[""] * len(metrics)])

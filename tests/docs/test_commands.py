@@ -160,6 +160,7 @@ RUNS = {
     "runs/mine": [*DOCUMENTS, "output_dir=runs/mine"],
     "runs/parity": [*DOCUMENTS, "peft.activation=relu", "output_dir=runs/parity"],
     "runs/ft_rte": ["configs/ft_rte.yaml"],
+    "runs/mlp": ["configs/ft_rte.yaml", "ft.head=mlp", "output_dir=runs/mlp"],
     "runs/laptop": ["configs/pbft_rte.yaml", "output_dir=runs/laptop"],
 }
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from fastft import peft
 from fastft.config import PeftConfig
 from fastft.data.store import TeacherStore
+from fastft.methods.evaluation import token_f1
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
@@ -32,6 +33,11 @@ def summary_of(raw: dict) -> dict:
     return json.loads((Path(raw["output_dir"]) / "summary.json").read_text(encoding="utf-8"))
 
 
+def predictions_of(raw: dict) -> list[dict]:
+    lines = (Path(raw["output_dir"]) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def test_a_run_leaves_what_is_documented(base_config, launch):
     raw = base_config(train={"steps": 3, "save_every": 2})
     ok(launch(raw))
@@ -44,6 +50,12 @@ def test_a_run_leaves_what_is_documented(base_config, launch):
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes", "time_s"} <= set(rows[0])
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    predictions = predictions_of(raw)
+    assert len(predictions) == summary["documents"][0]["questions"] > 0
+    for name in ("no_context", "student", "teacher"):
+        f1 = [max(token_f1(row[name], gold) for gold in row["gold"]) for row in predictions]
+        assert sum(f1) / len(f1) == pytest.approx(summary[f"f1_{name}"])
+    assert predictions[0]["document"] == summary["documents"][0]["id"] and predictions[0]["question"].endswith("?")
     assert (folder / "adapter" / "adapter_config.json").is_file()
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_2"]
     # The stored configuration runs again by itself, finds the teacher's targets, and gives the same losses.
@@ -56,7 +68,7 @@ def test_a_run_leaves_what_is_documented(base_config, launch):
 
 def test_processes_and_zero_stages_agree(base_config, launch, tmp_path):
     """1 and 2 processes, ZeRO-0 and ZeRO-3: the same losses over 20 steps, and the same evaluation."""
-    reference = None
+    reference, said = None, None
     for processes, stage in ((1, 0), (1, 3), (2, 0), (2, 3)):
         raw = base_config(
             peft={"lora_plus_ratio": 4.0},
@@ -72,6 +84,9 @@ def test_processes_and_zero_stages_agree(base_config, launch, tmp_path):
         torch.testing.assert_close(found[0], reference[0], rtol=1e-4, atol=0)
         for key in ("nll_no_context", "nll_teacher", "nll_student", "control_nll_student"):
             assert found[1][key] == pytest.approx(reference[1][key], rel=1e-4)
+        answers = [row["teacher"] for row in predictions_of(raw)]
+        said = said or answers
+        assert answers == said
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])

@@ -55,7 +55,7 @@ def test_windows_are_scored_apart(pair, tokenizer):
     prompts, answers = [[45, 6], [8], [5, 5]], [[[70, 71]], [[300], [4]], [[399]]]
 
     def scores(*chosen):
-        questions = QuestionSet("d", list(chosen), prompts, answers, [("a",)] * 3)
+        questions = QuestionSet("d", list(chosen), prompts, answers, [("a",)] * 3, ["q"] * 3)
         return evaluate(ours, [questions], Text(tokenizer), Ranks(), in_context=True, batch_size=2)[0]
 
     both, first, second = scores(*windows), scores(windows[0]), scores(windows[1])

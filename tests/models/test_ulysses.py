@@ -113,7 +113,7 @@ def results(name: str, way: str, ranks: Ranks, *, shared: bool) -> dict:
     writer = Written()
     prefix_bytes = teach(lm, WINDOWS, SEQUENCES, DistillConfig(), writer, ranks, batch_size=2, advance=lambda n: None)
     answers = [[list(a) for a in ids(3, 1, 2, seed=5 + i)] for i in range(3)]
-    questions = QuestionSet("d", WINDOWS, PROMPTS[:3], answers, [("5 9 12",)] * 3)
+    questions = QuestionSet("d", WINDOWS, PROMPTS[:3], answers, [("5 9 12",)] * 3, ["q"] * 3)
     scores = evaluate(lm, [questions], Words(), ranks, in_context=True, batch_size=2, max_new_tokens=5)[0]
     # Ragged prompts, of which each rank has its own; they end at different steps.
     own = PROMPTS[ranks.rank :: ranks.world_size] if shared else PROMPTS
