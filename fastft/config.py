@@ -170,8 +170,9 @@ class DataConfig(Section):
     split: str = Field("validation", description="dataset split")
     pattern: str | None = Field(
         None,
-        description="classification: the task's pattern that writes examples as text; null: its first; "
-        "jsonl, summarization: the pattern itself, with {column} places, without the space that the answer begins with",
+        description="classification: the task's pattern that writes examples as text, by name; null: its first. Or the "
+        "pattern itself, with {text1} and {text2} (jsonl, summarization: {column}) and without the space that the "
+        "answer begins with",
     )
     verbalizer: Verbalizer | None = Field(
         None,

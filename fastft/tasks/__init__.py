@@ -66,15 +66,22 @@ def select_tasks(config: DataConfig) -> list[ClassificationTask] | list[OwnTask]
 def select_pattern(config: DataConfig) -> tuple[str, Pattern]:
     """The configured pattern of the configured task and its name; null is the task's first.
 
+    One with {places} is the pattern itself, and is called by its text.
     Raises DataError for a pattern that there is not, and for words that do not cover the labels.
     """
     if config.is_own:
         return own_data.select_pattern(config)
     patterns = CLASSIFICATION_TASKS[config.task].patterns
     name = config.pattern or next(iter(patterns))
-    if name not in patterns:
-        raise DataError(f"data.pattern={name}: {config.task} has {', '.join(patterns)}")
-    pattern = patterns[name]
+    if "{" in name:
+        pattern = _written_pattern(name, config.task, patterns)
+    elif name in patterns:
+        pattern = patterns[name]
+    else:
+        raise DataError(
+            f"data.pattern={name}: {config.task} has {', '.join(patterns)}; or write one yourself, with "
+            f"{{{'}, {'.join(_fields(patterns))}}}"
+        )
     if config.verbalizer is None:
         return name, pattern
     own, words = pattern.verbalizer, config.verbalizer
@@ -93,3 +100,17 @@ def select_pattern(config: DataConfig) -> tuple[str, Pattern]:
             f"{', '.join(map(repr, own))}"
         )
     return name, replace(pattern, verbalizer=tuple(words))
+
+
+def _written_pattern(text: str, task: str, patterns: dict[str, Pattern]) -> Pattern:
+    """A pattern of the user's own, with the label words of the task's first."""
+    known = _fields(patterns)
+    for name in own_data.columns_of(text):
+        if name not in known:
+            raise DataError(f"data.pattern={text!r}: {task} has no {{{name}}}; expected {{{'}, {'.join(known)}}}")
+    return Pattern(text, next(iter(patterns.values())).verbalizer)
+
+
+def _fields(patterns: dict[str, Pattern]) -> list[str]:
+    """The fields of a task's examples, which its patterns name."""
+    return list(dict.fromkeys(name for p in patterns.values() for name in own_data.columns_of(p.query)))

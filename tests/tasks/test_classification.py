@@ -164,6 +164,23 @@ def test_patterns():
         select_pattern(DataConfig(task="rte", pattern="best"))
 
 
+def test_patterns_of_ones_own():
+    """With the words of the task's first pattern, or with others; places that the task has not are refused."""
+    written = "{text1}\nIs it so that {text2}?"
+    name, pattern = select_pattern(DataConfig(task="rte", pattern=written))
+    assert name == written and pattern.verbalizer == ("Yes", "No")
+    example = Example({"text1": "A mill.", "text2": "A goat."}, 1)
+    assert pattern.demonstrate(example) == "A mill.\nIs it so that A goat.? No"
+    _, pattern = select_pattern(DataConfig(task="rte", pattern=written, verbalizer=["so", "not so"]))
+    assert pattern.choices(example) == [" so", " not so"]
+    _, pattern = select_pattern(DataConfig(task="commonsense_qa", pattern="Q: {question}\nA:"))
+    assert pattern.choices(Example({"question": "?"}, 0, ("a", "b"))) == [" a", " b"]
+    with pytest.raises(DataError, match=r"cola has no \{text2\}; expected \{text1\}$"):
+        select_pattern(DataConfig(task="cola", pattern=written))
+    with pytest.raises(DataError, match=r"=other: rte has minimal, .*; or write one .* \{text1\}, \{text2\}$"):
+        select_pattern(DataConfig(task="rte", pattern="other"))
+
+
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
