@@ -67,7 +67,13 @@ def test_the_published_settings(name, method, model):
 
 @pytest.mark.parametrize(
     ("method", "shots", "settings"),
-    [("icl", {2, 16}, 10), ("pbft", {2, 16, 32, 64, 128}, 4), ("lora", {32}, 4), ("bitfit", {128}, 4)],
+    [
+        ("icl", {2, 16}, 10),
+        ("pbft", {2, 16, 32, 64, 128}, 4),
+        ("ft", {2, 16, 32, 64, 128}, 4),
+        ("lora", {32}, 4),
+        ("bitfit", {128}, 4),
+    ],
 )
 def test_the_sweeps(monkeypatch, method, shots, settings):
     """Every model and ten draws of the examples; settings: tasks, of icl each with its patterns."""
