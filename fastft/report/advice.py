@@ -6,6 +6,7 @@ the planner knows the change, its ratio of step times is applied to the measured
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -290,9 +291,14 @@ def of(shape: list[int]) -> str:
 
 def ms(seconds: float) -> str:
     """Seconds as people read them."""
-    if 0 < seconds < 1e-4:
-        return f"{1e6 * seconds:,.3g} µs"
-    return f"{1000 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
+    unit, per_second = next((u for u in (("s", 1), ("ms", 1e3)) if seconds * u[1] >= 1), ("µs", 1e6))
+    return f"{three_digits(per_second * seconds)} {unit}" if seconds > 0 else "0 ms"
+
+
+def three_digits(value: float) -> str:
+    """A positive number, never as a power of ten; smaller ones than 0.001 as 0.000."""
+    decimals = 2 - math.floor(math.log10(value))
+    return f"{value:,.{min(3, max(0, decimals))}f}"
 
 
 def percent(share: float) -> str:

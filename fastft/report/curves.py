@@ -18,11 +18,12 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot: what of a line of metrics.jsonl it shows, in which unit."""
+    """A plot: what of a line of metrics.jsonl it shows, in which unit; is_amount: against 0."""
 
     key: str
     label: str
     unit: float = 1
+    is_amount: bool = False
 
 
 PANELS = (
@@ -30,8 +31,8 @@ PANELS = (
     Panel("recovery", "recovery"),
     Panel("evaluated_nll", "evaluated NLL, nats"),
     Panel("lr", "learning rate"),
-    Panel("tokens_per_s", "target tokens/s"),
-    Panel("peak_memory_bytes", "peak memory, GiB", GIB),
+    Panel("tokens_per_s", "target tokens/s", is_amount=True),
+    Panel("peak_memory_bytes", "peak memory, GiB", GIB, is_amount=True),
     Panel("grad_norm", "gradient norm"),
 )
 
@@ -107,7 +108,7 @@ def curves(runs: dict[str, Run]) -> list[str]:
     for panel, found in shown.items():
         if not found or (panel.key == "evaluated_nll" and any(p.key == "recovery" and f for p, f in shown.items())):
             continue
-        plots.append(curve(found, list(runs), panel.label))
+        plots.append(curve(found, list(runs), panel.label, is_amount=panel.is_amount))
     if not plots:
         return []
     names = [legend(list(runs))] if len(runs) > 1 else []

@@ -64,6 +64,12 @@ def _product(inputs: Inputs, a: int, b: int) -> Count:
     return 2.0 * out * k, inputs.nbytes(a, b) + out * inputs.itemsize(a)
 
 
+def _product_into(inputs: Inputs) -> Count:
+    """y [M, N] += [M, K] @ [K, N]: what `_product` counts, and y once more, which is read too."""
+    operations, nbytes = _product(inputs, 1, 2)
+    return operations, nbytes + inputs.nbytes(0)
+
+
 def _lora_down(inputs: Inputs) -> Count:
     """x [T, K], a [r, K] -> u [T, r]."""
     return 2.0 * inputs.numel(0) * inputs.shapes[1][0], inputs.nbytes(0, 1, 3)
@@ -208,6 +214,7 @@ def _bias_adamw(inputs: Inputs) -> Count:
 COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "aten::mm": lambda inputs: _product(inputs, 0, 1),
     "aten::addmm": lambda inputs: _product(inputs, 1, 2),
+    "aten::addmm_": _product_into,
     "aten::bmm": lambda inputs: _product(inputs, 0, 1),
     "fastft::lora_down": _lora_down,
     "fastft::lora_up": _lora_up,

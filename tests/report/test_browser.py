@@ -50,7 +50,7 @@ CONTRASTS = """() => {
   const ground = rgba(getComputedStyle(probe).backgroundColor); probe.remove();
   const opacity = e => e ? +getComputedStyle(e).opacity * opacity(e.parentElement) : 1;
   const found = [];
-  for (const e of document.querySelectorAll("h1,h2,h3,p,td,th,li,summary,figcaption,text")) {
+  for (const e of document.querySelectorAll("h1,h2,h3,p,a,dt,dd,td,th,li,summary,figcaption,text")) {
     if (!e.textContent.trim()) continue;
     const style = getComputedStyle(e), color = rgba(e.tagName == "text" ? style.fill : style.color), a = opacity(e);
     const shown = [0, 1, 2].map(i => a * color[i] + (1 - a) * ground[i]);
