@@ -217,11 +217,15 @@ def communication(f: Findings) -> Iterator[Advice]:
             f"rank {slowest['rank']} works {ms(work[0])} a step, rank {fastest['rank']} {ms(work[1])}; the others wait",
             waiting,
         )
-    change = f.change("deepspeed.zero_stage")
+    if f.change("deepspeed.zero_stage"):
+        less = "Send less: deepspeed.zero_stage=2 fits, and gathers no weights"
+    elif f.config.train.micro_batches > 1:
+        less = "Send less often: fewer train.micro_batches, each of which gathers all weights"
+    else:
+        less = "Send less often for each token: a larger train.batch_size"
     yield Advice(
         "communication",
-        "Send less: "
-        + ("deepspeed.zero_stage=2 fits, and gathers no weights" if change else "train.micro_batches, batch_size"),
+        less,
         f"the step waits {ms(exposed)} for collectives, {percent(exposed / f.step_s)} of it",
         exposed - (waiting if waiting > exposed / 2 else 0.0),
     )

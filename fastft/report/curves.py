@@ -39,18 +39,20 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Run:
-    """Lines of metrics.jsonl and the final figures, None of a run that has not finished."""
+    """Lines of metrics.jsonl and the final figures, None of a run that has not finished; state: how it ended."""
 
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None = None
+    state: str = "not finished"
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        summary = folder / "summary.json"
-        return cls(
-            read_metrics(folder),
-            json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+        summary, report = (
+            json.loads(path.read_text(encoding="utf-8")) if (path := folder / name).is_file() else None
+            for name in ("summary.json", "report.json")
         )
+        state = "complete" if summary else (report or {}).get("state", cls.state)
+        return cls(read_metrics(folder), summary, state)
 
     def points(self, panel: Panel) -> Points:
         if panel.key == "recovery":
@@ -83,7 +85,7 @@ def runs_table(runs: dict[str, Run]) -> list[str]:
         rows.append(
             [
                 name,
-                "finished" if run.summary else "not finished",
+                run.state,
                 str(last),
                 f"{losses[-1]:.4f}" if losses else "",
                 number(summary.get("recovery")) if summary.get("recovery") is not None else "",

@@ -124,7 +124,7 @@ def _modules(figures: dict[str, Any]) -> list[str]:
         for b in figures["blocks"][:MOST_BLOCKS]
         if b["seconds"] >= SMALLEST * step
     ]
-    return ["<h3>Time by module</h3>", bars(["phase and kind of module"], rows, step, ms)] if rows else []
+    return ["<h3>Time by module</h3>", bars(["phase: module"], rows, step, ms)] if rows else []
 
 
 def _operators(figures: dict[str, Any]) -> list[str]:
@@ -277,6 +277,7 @@ def mib(nbytes: float) -> str:
 def write_rank_pages(folder: Path, title: str, report: dict[str, Any]) -> None:
     """<folder>/profile/rank_N.html of every rank whose figures there are."""
     for figures in report["profile"]:
-        parts = [f"<h1>{text(title)}: rank {figures['rank']}</h1>", *rank_sections(report, figures)]
+        whole = '<nav><a href="../report.html">The whole run</a></nav>'
+        parts = [f"<h1>{text(title)}: rank {figures['rank']}</h1>", whole, *rank_sections(report, figures)]
         path = folder / "profile" / f"rank_{figures['rank']}.html"
         path.write_text(page(f"{title}, rank {figures['rank']}", parts), encoding="utf-8")
