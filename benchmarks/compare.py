@@ -170,7 +170,7 @@ def report(new: Path, old: Path, everything: bool = False) -> list[Change]:
     if table.row_count:
         console.print(table)
     machines = [sorted({row["device_name"] for row in rows.values()}) for rows in (before, after)]
-    if all(machines) and machines[0] != machines[1]:
+    if found and machines[0] != machines[1]:
         console.print(f"kept on {', '.join(machines[0])}: compared by the ratio to peers alone")
     for reason, count in Counter(left_out.values()).items():
         console.print(f"{count} rows not compared: {reason}")

@@ -71,6 +71,7 @@ def test_two_ranks_under_zero_3_add_up(profiled_config, launch):
     assert report["profile"][0]["steps"] == pytest.approx(measured, rel=0.03)
     highest = max(nbytes for _, nbytes in report["memory"])
     assert highest == pytest.approx(report["peak_memory_bytes"], rel=0.03)
+    assert 0 <= report["tracing"]["record_bytes"] < highest
     assert report["tracing"]["is_excluded"] and report["tracing"]["peak_bytes"] > 1.03 * highest
     assert report["plan"]["measured_peak_bytes"] == report["peak_memory_bytes"] >= rows[-1]["peak_memory_bytes"]
     assert "trace" in {name for name, *_ in report["spans"]}

@@ -22,7 +22,7 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;font-size:.95em}
 .tiles dt,.tiles small{font-size:.85em;display:block}
 .tiles dd{margin:0}
 .tiles b{font-size:1.5em;line-height:1.3}
-.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:0 3rem}
+.beside{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,28rem),1fr));gap:0 3rem}
 .beside>div{min-width:0}
 .beside td,.beside th{padding:.25rem .5rem}
 .beside th{white-space:normal;overflow-wrap:normal}

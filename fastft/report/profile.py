@@ -150,7 +150,8 @@ def _ranks(ranks: list[dict[str, Any]]) -> list[str]:
     slowest, fastest = max(work, key=work.get), min(work, key=work.get)
     return [
         "<h3>Ranks</h3>",
-        table(["rank", "step", "own work", "communication", "held in a step"], rows),
+        table(["rank", "step", "own work", "waiting", "held in a step"], rows),
+        "<p class=note>Waiting: for collectives, with nothing else to do.</p>",
         f"<p>Rank {slowest} works longest, {ms(work[slowest] - work[fastest])} longer than rank {fastest}.</p>",
     ]
 
@@ -237,12 +238,15 @@ def _planned_peak(plan: dict[str, Any] | None) -> str:
 
 
 def _tracing(tracing: dict[str, Any] | None) -> str:
+    """The profiler's own part, where it is and where it is not."""
     if tracing is None:
         return ""
-    took = f" Writing the trace took the process to {tracing['peak_bytes'] / GIB:.2f} GiB of host memory, "
-    if tracing["is_excluded"]:
-        return took + "which is neither in this peak nor in the plot."
-    return took + "which the measured peak holds: this system's record of it cannot be reset. The plot is without."
+    record = f" {mib(tracing['record_bytes'])} of it, at most, are the record of the steps."
+    took = f" Writing that down took the process to {tracing['peak_bytes'] / GIB:.2f} GiB of host memory, "
+    excluded = "which is neither in this peak nor in the plot."
+    if not tracing["is_excluded"]:
+        excluded = "which this peak holds: this system's record of it cannot be reset. The plot is without."
+    return (record if tracing["record_bytes"] else "") + took + excluded
 
 
 def _held(memory: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -262,7 +266,10 @@ def _held(memory: dict[str, Any]) -> tuple[list[str], list[str]]:
         f"<p>The recorded steps hold up to {mib(memory['peak_bytes'])} more than there is before them.</p>",
         memory_in_steps(memory["timeline"]),
     ]
-    return timeline, ["<h3>Held at the highest moment</h3>", bars(["allocated in"], rows, memory["peak_bytes"], mib)]
+    return timeline, [
+        "<h3>Held at the highest moment</h3>",
+        bars(["allocated in"], rows, sum(h["bytes"] for h in memory["held"]), mib),
+    ]
 
 
 def spoken(name: str) -> str:
