@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from contextlib import nullcontext
@@ -77,6 +78,8 @@ def test_two_ranks_under_zero_3_add_up(profiled_config, launch):
     assert "trace" in {name for name, *_ in report["spans"]}
     page = (folder / "report.html").read_text()
     assert "Rank 0 works longest" in page or "Rank 1 works longest" in page
+    links = set(re.findall(r'href="([^"#]+)"', page))
+    assert "profile/rank_1.html" in links and all((folder / link).is_file() for link in links)
     for rank in (0, 1):
         assert f"rank {rank}" in (folder / "profile" / f"rank_{rank}.html").read_text()
         assert Trace.read(folder / "profile" / f"rank_{rank}.trace.json.gz").steps

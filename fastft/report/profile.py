@@ -83,11 +83,10 @@ def _advice(advice: list[dict[str, Any]]) -> list[str]:
 
 def _time(report: dict[str, Any], figures: dict[str, Any]) -> list[str]:
     """A step by phase and by kind of operator, by module and by operator, and its kernels."""
-    kernels_shown = _kernels(figures, report["plan"])
     return [
         beside(_phases(report, figures), _kinds(figures)),
         beside(_modules(figures), _operators(figures)),
-        *kernels_shown,
+        *_kernels(figures, report["plan"]),
     ]
 
 
@@ -241,8 +240,10 @@ def _tracing(tracing: dict[str, Any] | None) -> str:
     """The profiler's own part, where it is and where it is not."""
     if tracing is None:
         return ""
-    record = f" {mib(tracing['record_bytes'])} of it, at most, are the record of the steps."
-    took = f" Writing that down took the process to {tracing['peak_bytes'] / GIB:.2f} GiB of host memory, "
+    record = (
+        f" While the steps were taken the record of them grew to {mib(tracing['record_bytes'])}, which is in the plot."
+    )
+    took = f" Writing the trace took the process to {tracing['peak_bytes'] / GIB:.2f} GiB of host memory, "
     excluded = "which is neither in this peak nor in the plot."
     if not tracing["is_excluded"]:
         excluded = "which this peak holds: this system's record of it cannot be reset. The plot is without."
