@@ -164,9 +164,13 @@ def _tiles(report: dict[str, Any] | None, metrics: list[dict[str, Any]], summary
     if rates:
         found.append(Tile("target tokens/s", f"{statistics.median(rates):,.0f}", f"median of {len(rates)} steps"))
     if report:
-        planned = (report["plan"] or {}).get("planned_peak_bytes")
-        note = f"{planned / GIB:.2f} GiB planned" if planned else ""
-        found.append(Tile("peak memory", f"{report['peak_memory_bytes'] / GIB:.2f} GiB", note))
+        planned, record = (
+            (report["plan"] or {}).get("planned_peak_bytes"),
+            (report["tracing"] or {}).get("record_bytes"),
+        )
+        notes = [f"{planned / GIB:.2f} GiB planned"] if planned else []
+        notes += [f"{record / GIB:.2f} the profiler's"] if record else []
+        found.append(Tile("peak memory", f"{report['peak_memory_bytes'] / GIB:.2f} GiB", ", ".join(notes)))
     if "seconds" in summary:
         found.append(Tile("the whole run", f"{summary['seconds']['total']:,.0f} s"))
     return found

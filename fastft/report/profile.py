@@ -25,7 +25,7 @@ PLANNED = {
 }
 PHASE_COLORS = dict(zip(PHASES, COLORS, strict=True))
 MOST_BLOCKS, MOST_OPERATORS, MOST_HELD = 14, 15, 8
-SMALLEST = 0.001  # share of a step below which a module or an operator has no row
+SMALLEST = 0.001  # share below which a module or an operator has no row
 POINTS_OF_EACH = 6  # calls of an operator in the roofline plot, the longest ones
 
 
@@ -261,6 +261,7 @@ def _held(memory: dict[str, Any]) -> tuple[list[str], list[str]]:
             color=PHASE_COLORS[h["phase"]],
         )
         for h in memory["held"][:MOST_HELD]
+        if h["bytes"] >= SMALLEST * memory["peak_bytes"]
     ]
     timeline = [
         "<h3>In a step</h3>",
