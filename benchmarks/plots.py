@@ -25,7 +25,16 @@ import compare
 
 from fastft.report.figures import COLORS, INK, MARKERS, PAGE, STYLE, rendered
 
-PARTIAL = ("three_products", "linear_cross_entropy", "frozen", "fastft_products", "bfloat16", "fastft_32bit")
+PARTIAL = (
+    "three_products",
+    "linear_cross_entropy",
+    "frozen",
+    "fastft_kernels",
+    "fastft_products",
+    "fastft_epilogue",
+    "bfloat16",
+    "fastft_32bit",
+)
 OURS = {"color": COLORS[1], "linewidth": 1.8, "marker": "o", "zorder": 3}
 
 

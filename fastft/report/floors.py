@@ -86,6 +86,12 @@ def _lora_outer(inputs: Inputs) -> Count:
     return 2.0 * inputs.numel(1) * rank, inputs.nbytes(0, 1) + rank * width * inputs.itemsize(1)
 
 
+def _lora_down_outer(inputs: Inputs) -> Count:
+    """y [T, N], a [r, N], u [T, r] -> du [T, r], [N, r]."""
+    rank, width = inputs.shapes[1]
+    return 4.0 * inputs.numel(0) * rank, inputs.nbytes(0, 1, 3, 4) + rank * width * inputs.itemsize(0)
+
+
 def _head(products: int, weight: int, gradients: tuple[int, int]) -> Callable[[Inputs], Count]:
     """A loss through the head [V, H]: `products` of hidden [T, H] with it, and one for each gradient asked for."""
 
@@ -219,6 +225,7 @@ COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "fastft::lora_down": _lora_down,
     "fastft::lora_up": _lora_up,
     "fastft::lora_outer": _lora_outer,
+    "fastft::lora_down_outer": _lora_down_outer,
     "fastft::linear_log_softmax_kl": _head(2, weight=2, gradients=(10, 11)),
     "fastft::linear_topk_kl": _head(1, weight=1, gradients=(11, 12)),
     "fastft::linear_cross_entropy": _head(1, weight=1, gradients=(7, 8)),
