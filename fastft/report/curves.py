@@ -90,10 +90,11 @@ def runs_table(runs: dict[str, Run]) -> list[str]:
                 f"{losses[-1]:.4f}" if losses else "",
                 number(summary.get("recovery")) if summary.get("recovery") is not None else "",
                 f"{statistics.median(rates):,.0f}" if rates else "",
-                f"{peak / GIB:.2f} GiB",
+                f"{peak / GIB:.2f}",
             ]
         )
-    return [table(["run", "state", "steps", "last loss", "recovery", "tokens/s", "peak memory"], rows)]
+    heads = ["run", "state", "steps", "last loss", "recovery", "tokens/s", "peak, GiB"]
+    return [table(heads, rows, extra=("steps", "last loss"))]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

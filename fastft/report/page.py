@@ -130,11 +130,11 @@ def beside(*columns: list[str]) -> str:
     return f"<div class=beside>{shown}</div>"
 
 
-def table(heads: list[str], rows: list[list[str]], *, extra: str = "") -> str:
-    """extra: the head of a column that a narrow screen has no room for."""
+def table(heads: list[str], rows: list[list[str]], *, extra: tuple[str, ...] = ()) -> str:
+    """extra: heads of columns that a narrow screen has no room for."""
 
     def line(tag: str, cells: list[str]) -> str:
-        kinds = (" class=extra" if head == extra else "" for head in heads)
+        kinds = (" class=extra" if head in extra else "" for head in heads)
         shown = (f"<{tag}{kind}>{text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
         return f"<tr>{''.join(shown)}</tr>"
 

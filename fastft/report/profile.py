@@ -182,7 +182,7 @@ def _kernels(figures: dict[str, Any], plan: dict[str, Any] | None) -> list[str]:
         "<h3>Kernels against their floors</h3>",
         beside(
             [_roofline(figures["calls"], device, looks)],
-            [table(["operator", "calls", "time", "floor", "floor / time"], rows, extra="calls")],
+            [table(["operator", "calls", "time", "floor", "floor / time"], rows, extra=("calls",))],
         ),
         f"<p class=note>Floor: counted operations at {three_digits(device['flops'] / 1e12)} TFLOP/s, or bytes at "
         f"{three_digits(device['bandwidth'] / 1e9)} GB/s, whichever takes longer; for attention, the least "

@@ -42,7 +42,7 @@ def test_a_bar_is_as_long_as_its_share_of_the_longest():
 
 
 def test_a_narrow_screen_may_leave_a_column_out():
-    assert table(["a", "b"], [["1", "2"]], extra="b").count("class=extra") == 2
+    assert table(["a", "b"], [["1", "2"]], extra=("b",)).count("class=extra") == 2
 
 
 def test_contents_link_to_headings():
