@@ -94,7 +94,7 @@ def runs_table(runs: dict[str, Run]) -> list[str]:
             ]
         )
     heads = ["run", "state", "steps", "last loss", "recovery", "tokens/s", "peak, GiB"]
-    return [table(heads, rows, extra=("steps", "last loss"))]
+    return [table(heads, rows, extra=("steps", "last loss", "tokens/s"))]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
