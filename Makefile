@@ -27,8 +27,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator -type f))
 
-bench: $(VENV)/.built $(VENV)/.demo
-	@$(PIP) ".[bench]"
+bench: $(VENV)/.built $(VENV)/.demo $(VENV)/.bench
 	@$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick) $(if $(KEEP),--keep)
 
 install: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
@@ -54,6 +53,9 @@ $(VENV)/.demo: $(VENV)/.installed
 
 $(VENV)/.test: $(VENV)/.installed $(VENV)/.demo
 	@echo "install    test tools"; $(BIN)/python requirements/declared.py test | xargs -d '\n' $(PIP); touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	@echo "install    peers"; $(BIN)/python requirements/declared.py bench | xargs -d '\n' $(PIP); touch $@
 
 constraints:
 	$(BIN)/pip freeze --exclude-editable --exclude fastft | grep -v -E '^(triton|nvidia)' | sed 's/+cpu//' > requirements/constraints.txt

@@ -1,6 +1,6 @@
 """rotary and swiglu against what transformers computes in their place, torch.compile of that, and Liger's kernels.
 
-python benchmarks/bench_elementwise.py --device cpu
+python benchmarks/bench_elementwise.py --device cpu --tokens 64 256 1024 4096
 python benchmarks/bench_elementwise.py --device cuda --model llama-3-8b --tokens 2048 --json elementwise.json
 
 One layer's queries and keys, as the projections leave them, and its MLP's gate and up. Least traffic, of s bytes an
@@ -11,6 +11,7 @@ reads 3 and writes 2 backward.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,11 +64,11 @@ def draw(args, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(args.device, common.DTYPES[args.dtype])
 
 
-def case(args, name: str, passes: str) -> common.Case:
+def case(args, tokens: int, name: str, passes: str) -> common.Case:
     heads, kv_heads, size, width = SHAPES[args.model]
     if name == "rotary":
-        of_heads = [draw(args, 1, args.tokens, n, size).transpose(1, 2) for n in (heads, kv_heads)]
-        angles = torch.outer(torch.arange(args.tokens), 500_000 ** -(torch.arange(0, size, 2) / size)).repeat(1, 2)
+        of_heads = [draw(args, 1, tokens, n, size).transpose(1, 2) for n in (heads, kv_heads)]
+        angles = torch.outer(torch.arange(tokens), 500_000 ** -(torch.arange(0, size, 2) / size)).repeat(1, 2)
         constants = [x[None].to(of_heads[0]) for x in (angles.cos(), angles.sin())]
         inputs, upstream = of_heads, [x.clone() for x in of_heads]
         functions = {"fastft": rotary, "transformers": apply_rotary_pos_emb}
@@ -75,14 +76,14 @@ def case(args, name: str, passes: str) -> common.Case:
         elements = sum(x.numel() for x in inputs)
         moved = {"forward": 2 * elements, "backward": 2 * elements}
         moved = {key: value + sum(x.numel() for x in constants) for key, value in moved.items()}
-        shape = {"tokens": args.tokens, "heads": heads, "kv_heads": kv_heads, "size": size}
+        shape = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "size": size}
     else:
-        inputs, constants = [draw(args, args.tokens, width), draw(args, args.tokens, width).roll(1)], []
+        inputs, constants = [draw(args, tokens, width), draw(args, tokens, width).roll(1)], []
         upstream = [inputs[0].flip(0)]
         functions = {"fastft": swiglu, "transformers": lambda gate, up: torch.nn.functional.silu(gate) * up}
         truth = lambda gate, up: (reference.swiglu(gate, up),)  # noqa: E731
         moved = {"forward": 3 * inputs[0].numel(), "backward": 5 * inputs[0].numel()}
-        shape = {"tokens": args.tokens, "width": width}
+        shape = {"tokens": tokens, "width": width}
     if args.device == "cuda" and liger(name):
         functions["liger"] = liger(name)
     for x in inputs:
@@ -107,6 +108,7 @@ def case(args, name: str, passes: str) -> common.Case:
 if __name__ == "__main__":
     p = common.parser(__doc__.splitlines()[0])
     p.add_argument("--model", default="smollm2-135m", choices=list(SHAPES))
-    p.add_argument("--tokens", type=int, default=300)
+    p.add_argument("--tokens", type=int, nargs="+", default=[300])
     args = p.parse_args()
-    sys.exit(common.main(args, [functools.partial(case, args, n, p) for n in ("rotary", "swiglu") for p in PASSES]))
+    of = itertools.product(args.tokens, ("rotary", "swiglu"), PASSES)
+    sys.exit(common.main(args, [functools.partial(case, args, *one) for one in of]))

@@ -5,7 +5,7 @@ python benchmarks/bench_lora_linear.py --device cuda --model opt-30b --rows 8192
 
 `frozen`: the frozen linear alone, its forward and the gradient of its input; what is beyond it is the adapter's price.
 `peft` is PEFT's own layer as it comes (float32 adapters on a 16-bit base), `peft_same_dtype` with its adapters in the
-base's dtype, `fastft_products` our layer with torch's products in place of our kernels.
+base's dtype, `fastft_*` our layer in the forms of `fastft.ops.lora_linear.FORMS` that `fastft`, the row before, is not.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import common
 
 from fastft import ops
 from fastft.ops import reference
+from fastft.ops.lora_linear import FORMS, pick_form
 
 SCALING = 2.0
 # (in features, out features) of an attention projection and of the first feed-forward layer
@@ -133,18 +134,19 @@ def case(args, K: int, N: int, count: int, backward: bool):
     for name, dtype in (("peft", torch.float32), ("peft_same_dtype", data.dtype)):
         if layers := peft_layers(data, dtype):
             implementations[name] = run(*layers)
-    implementations["fastft_products"] = run(ours("products"), own)
-    implementations["fastft"] = run(ours(args.form), own)
+    picked = pick_form(args.form, args.device, args.rank * count)
+    implementations["fastft"] = run(ours(picked), own)
+    others = {f"fastft_{form}": run(ours(form), own) for form in FORMS if form != picked}
     flops, moved = data.cost(backward)
     return common.Case(
         name=("lora_linear" if count == 1 else "lora_linears, q k v")
         + (" forward+backward" if backward else " forward"),
         shape={"M": args.rows, "K": K, "N": N, "r": args.rank},
-        implementations=implementations,
+        implementations=implementations | others,
         reference=functools.partial(data.truth, backward),
         bytes=moved,
         flops=flops,
-        not_peers=("frozen", "fastft_products"),
+        not_peers=("frozen", *others),
     )
 
 
@@ -233,7 +235,7 @@ def main() -> int:
     p.add_argument("--rows", type=int, nargs="+", default=[1024])
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--model", choices=list(MODELS), default="opt-1.3b")
-    p.add_argument("--form", choices=["kernels", "products"], help="default: what fastft picks by itself")
+    p.add_argument("--form", choices=FORMS, help="default: what fastft picks by itself")
     args = p.parse_args()
     return common.main(args, [case for rows in args.rows for case in cases_of(args, rows)])
 

@@ -1,6 +1,7 @@
 """rms_norm against transformers' module, torch's own function and torch.compile; and a model's step with and without.
 
 python benchmarks/bench_norms.py --device cpu
+python benchmarks/bench_norms.py --device cpu --hidden 2048 --tokens 64 256 1024 4096 --only rms_norm
 python benchmarks/bench_norms.py --device cuda --json norms.json
 
 Shapes: 300 tokens of SmolLM2 (H 576) and of a Llama of 1B (2,048), 2,048 tokens of an 8B (4,096). Of s bytes an element
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -137,9 +139,11 @@ def step(args) -> common.Case:
 if __name__ == "__main__":
     p = common.parser(__doc__.splitlines()[0])
     p.add_argument("--hidden", type=int, nargs="+", default=[h for _, h in SHAPES], help="only shapes of these widths")
+    p.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens, each at every width, in place of those")
     args = p.parse_args()
+    shapes = [shape for shape in SHAPES if shape[1] in args.hidden]
+    if args.tokens:
+        shapes = list(itertools.product(args.tokens, args.hidden))
     forms = [("forward", False), ("forward+backward", False), ("forward+backward", True)]
-    cases = [
-        functools.partial(case, args, shape, *form) for shape in SHAPES if shape[1] in args.hidden for form in forms
-    ]
+    cases = [functools.partial(case, args, shape, *form) for shape in shapes for form in forms]
     sys.exit(common.main(args, [*cases, functools.partial(step, args)]))

@@ -1,6 +1,6 @@
 """relu, which keeps a bit an element, against torch.relu, which keeps its result.
 
-python benchmarks/bench_relu.py --device cpu
+python benchmarks/bench_relu.py --device cpu --tokens 64 256 1024
 python benchmarks/bench_relu.py --device cuda --model opt-30b --tokens 2048 --json relu.json
 
 The activation [tokens, 4 H] of an OPT layer. Of s bytes an element forward reads and writes 2 s, and 1 / 8 for the bit;
@@ -11,6 +11,7 @@ forward, 4.125 for 6 backward, 0.83 for both.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from fastft.ops import relu
 WIDTHS = {"opt-125m": 3072, "opt-1.3b": 8192, "opt-30b": 28672}
 
 
-def case(args, passes: str) -> common.Case:
+def case(args, tokens: int, passes: str) -> common.Case:
     generator = torch.Generator().manual_seed(0)
-    shape = args.tokens, WIDTHS[args.model]
+    shape = tokens, WIDTHS[args.model]
     x, dy = (torch.randn(shape, generator=generator).to(args.device, common.DTYPES[args.dtype]) for _ in range(2))
     x.requires_grad_()
 
@@ -50,7 +51,7 @@ def case(args, passes: str) -> common.Case:
 if __name__ == "__main__":
     p = common.parser(__doc__.splitlines()[0])
     p.add_argument("--model", default="opt-30b", choices=list(WIDTHS))
-    p.add_argument("--tokens", type=int, default=256)
+    p.add_argument("--tokens", type=int, nargs="+", default=[256])
     args = p.parse_args()
-    cases = [functools.partial(case, args, passes) for passes in ("forward", "backward", "forward+backward")]
-    sys.exit(common.main(args, cases))
+    of = itertools.product(args.tokens, ("forward", "backward", "forward+backward"))
+    sys.exit(common.main(args, [functools.partial(case, args, *one) for one in of]))

@@ -31,18 +31,21 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "fastft"
 T, Z = 0.04, 3.0
 BUSY = 0.1
 ROUNDS = 7  # of rows that do not say
+FILE_WIDTH = 120  # columns of what is printed where no terminal has a width
+FIGURES = ("kept ms", "new ms", "new / kept", "noise")
 
 Key = tuple[str, str, str, str, str]
 
@@ -118,6 +121,15 @@ def changes(new: dict[Key, dict], old: dict[Key, dict]) -> tuple[list[Change], d
     return found, left_out
 
 
+def differing(keys: list[Key]) -> dict[str, set[str]]:
+    """name of a case -> the words of its shapes, and its dtypes, in which its rows differ."""
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name, _, shape, dtype, _ in keys:
+        for word in (*shape.split(), dtype):
+            found[name][word.partition("=")[0] if "=" in word else "dtype"].add(word)
+    return {name: set().union(*(w for w in words.values() if len(w) > 1)) for name, words in found.items()}
+
+
 def by_kernel(found: list[Change]) -> list[Change]:
     """The changes of one implementation in several sizes as one, with the mean of its times."""
     groups: dict[tuple, list[Change]] = defaultdict(list)
@@ -153,7 +165,7 @@ def squared_error(row: dict) -> float:
 
 def report(new: Path, old: Path, everything: bool = False) -> list[Change]:
     """Print what moved (or with `everything` all rows), and what could not be compared; returns what moved."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     if not old.exists():
         console.print(f"nothing is kept in {old}; make bench KEEP=1 keeps this result")
         return []
@@ -161,16 +173,19 @@ def report(new: Path, old: Path, everything: bool = False) -> list[Change]:
     found, left_out = changes(after, before)
     kernels = by_kernel(found)
     moved = [c for c in (*kernels, *found) if c.moved]
-    table = Table("name", "shape", "dtype", "impl", "kept ms", "new ms", "new / kept", "noise")
+    told_apart = differing([*after, *before])
+    table = Table("case", "implementation", *(Column(name, justify="right") for name in FIGURES), box=None)
     for c in sorted((*kernels, *found) if everything else moved, key=lambda c: -abs(math.log(c.ratio))):
         name, impl, shape, dtype, _ = c.key
+        words = [word for word in (*shape.split(), dtype) if word in told_apart[name]]
+        where = f"{name}, {shape if c in kernels else ' '.join(words)}".removesuffix(", ")
         color = ("red" if c.ratio > 1 else "green") if c.moved and c.is_ours else ""
         times = (f"{c.before_ms:.3f}", f"{c.after_ms:.3f}", f"{c.ratio:.2f} by {c.by}", f"{math.exp(Z * c.error):.2f}")
-        table.add_row(name, shape, dtype, impl, *times, style=color)
+        table.add_row(where, impl, *times, style=color)
     if table.row_count:
         console.print(table)
     machines = [sorted({row["device_name"] for row in rows.values()}) for rows in (before, after)]
-    if all(machines) and machines[0] != machines[1]:
+    if found and machines[0] != machines[1]:
         console.print(f"kept on {', '.join(machines[0])}: compared by the ratio to peers alone")
     for reason, count in Counter(left_out.values()).items():
         console.print(f"{count} rows not compared: {reason}")

@@ -69,7 +69,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for M, K, N, r in ((1, 1, 1, 1), (65, 130, 129, 16), (300, 1100, 72, 20), (64, 128, 256, 64)):
         x, w, A, B = (torch.randn(s, device="cuda").to(dtype) for s in ((M, K + 3), (N, K), (r, K), (N, r)))
         leaves = [x[:, 1 : K + 1].requires_grad_(), A.requires_grad_(), B.requires_grad_()]
-        ops.lora_linear(leaves[0], w, *leaves[1:], 0.5, form="kernels").sum().backward()
+        for form in ("kernels", "epilogue"):
+            ops.lora_linear(leaves[0], w, *leaves[1:], 0.5, form=form).sum().backward()
 torch.cuda.synchronize()
 print("done")
 """
@@ -147,11 +148,11 @@ BENCHES = {
         "bench_kl_llama": ["--model", "llama-3-8b", "--rows", "2048", "--no-compile"],
         "bench_kl_rows": ["--model", "opt-125m", "--rows", "64", "512", "8192", "--no-compile"],
     },
-    # Both forms are rows of each table; KERNELS_UP_TO_RANK in fastft/ops/lora_linear.py follows from them.
+    # All forms are rows of each table; PICKED in fastft/ops/lora_linear.py follows from them.
     "bench_lora_linear": {
-        "bench_lora_linear": ["--model", "opt-30b", "--rows", "8192", "--form", "kernels"],
-        "bench_lora_linear_256": ["--model", "opt-30b", "--rows", "256", "--form", "kernels", "--no-compile"],
-        "bench_lora_linear_llama": ["--model", "llama-3-8b", "--rows", "2048", "--form", "kernels", "--no-compile"],
+        "bench_lora_linear": ["--model", "opt-30b", "--rows", "8192", "--form", "epilogue"],
+        "bench_lora_linear_256": ["--model", "opt-30b", "--rows", "256", "--form", "epilogue", "--no-compile"],
+        "bench_lora_linear_llama": ["--model", "llama-3-8b", "--rows", "2048", "--form", "epilogue", "--no-compile"],
     },
     "bench_attention": {
         f"bench_attention{suffix}": ["--model", model, "--sequences", "32", "--longest", "512", "--context", "2048"]

@@ -25,7 +25,16 @@ import compare
 
 from fastft.report.figures import COLORS, INK, MARKERS, PAGE, STYLE, rendered
 
-PARTIAL = ("three_products", "linear_cross_entropy", "frozen", "fastft_products", "bfloat16", "fastft_32bit")
+PARTIAL = (
+    "three_products",
+    "linear_cross_entropy",
+    "frozen",
+    "fastft_kernels",
+    "fastft_products",
+    "fastft_epilogue",
+    "bfloat16",
+    "fastft_32bit",
+)
 OURS = {"color": COLORS[1], "linewidth": 1.8, "marker": "o", "zorder": 3}
 
 
@@ -40,9 +49,11 @@ class Sweep:
 
 
 ROWS = "rows of logits"
+PASSES = ("forward", "forward+backward")
 PICTURES = {
     "log_softmax_kl": [Sweep("log_softmax_kl forward+backward", "rows", ROWS)],
     "linear_log_softmax_kl": [Sweep("linear_log_softmax_kl forward+backward", "rows", ROWS)],
+    "linear_cross_entropy": [Sweep("linear_cross_entropy forward+backward", "rows", ROWS)],
     "linear_topk_kl": [Sweep("linear_topk_kl forward+backward", "rows", ROWS)],
     "lora_linear": [
         Sweep("lora_linear forward+backward", "M", "tokens", (("N", 2048),)),
@@ -54,6 +65,10 @@ PICTURES = {
         Sweep("bias_adamw list, 8-bit state", "parameters", "parameters"),
         Sweep("bias_adamw flat, 32-bit state", "parameters", "parameters"),
     ],
+    "relu": [Sweep(f"relu {passes}", "tokens", "tokens of 28,672") for passes in PASSES],
+    "rms_norm": [Sweep(f"rms_norm {passes}", "tokens", "tokens of 2,048", (("hidden", 2048),)) for passes in PASSES],
+    "rotary": [Sweep(f"rotary {passes}", "tokens", "tokens of 9 and 3 heads", (("heads", 9),)) for passes in PASSES],
+    "swiglu": [Sweep(f"swiglu {passes}", "tokens", "tokens of 1,536", (("width", 1536),)) for passes in PASSES],
     "attention": [
         Sweep("attention of a pack forward+backward", "tokens", "tokens in 8 sequences"),
         Sweep("attention behind a prefix forward", "context", "tokens of context"),
@@ -139,8 +154,7 @@ def main() -> int:
             figure = draw(rows, sweeps)
             if figure:
                 (args.out / f"{name}.svg").write_bytes(rendered(figure, "svg"))
-                figure.savefig(args.out / f"{name}.png", dpi=110)
-        print(f"{name:<24}{args.out / name}.svg, .png" if figure else f"{name:<24}no sizes in {args.result.name}")
+        print(f"{name:<24}{args.out / name}.svg" if figure else f"{name:<24}no sizes in {args.result.name}")
     return 0
 
 

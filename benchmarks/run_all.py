@@ -36,6 +36,7 @@ import compare
 import gpu_suite
 
 ROOT = Path(__file__).resolve().parent.parent
+LOSSES = ("log_softmax_kl", "linear_topk_kl", "linear_cross_entropy")  # of names that contain one of these
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "liger-kernel", "flash-attn")
 
 
@@ -60,11 +61,11 @@ def parts_of(device: str) -> dict[str, Part]:
             for name, options in parts.items()
         }
     rte = (Path(os.environ.get("FASTFT_DATA", "")) / "rte").is_dir()
-    rows, contexts = ("32", "128", "512"), ("64", "256", "1024", "4096")
+    rows, tokens = ("32", "128", "512"), ("64", "256", "1024", "4096")
     parts = {
         "kl": Part(
             "bench_kl",
-            ("--rows", *rows, "--only", "log_softmax_kl forward+backward", "linear_topk_kl forward+backward"),
+            ("--rows", *rows, "--only", *(f"{op} forward+backward" for op in LOSSES)),
             quick=True,
             compiles=True,
         ),
@@ -76,10 +77,21 @@ def parts_of(device: str) -> dict[str, Part]:
         ),
         "adamw": Part("bench_bias_adamw", ("--dtype", "float32", "--layers", "3", "12", "48"), quick=True),
         "attention_pack": Part("bench_attention", ("--longest", "32", "128", "512", "--only", "a pack"), quick=True),
-        "attention_prefix": Part("bench_attention", ("--context", *contexts, "--only", "a prefix"), quick=True),
+        "attention_prefix": Part("bench_attention", ("--context", *tokens, "--only", "a prefix"), quick=True),
         "quantise": Part("bench_quantise", ("--rows", "256", "1024", "4096"), quick=True),
-        "kl_more": Part("bench_kl", ("--only", "reverse", "jsd", "no_tail", "cross_entropy"), compiles=True),
+        "elementwise": Part(
+            "bench_elementwise",
+            ("--tokens", *tokens, "--only", "rotary forward", "swiglu forward"),
+            quick=True,
+            compiles=True,
+        ),
+        "norms": Part(
+            "bench_norms", ("--hidden", "2048", "--tokens", *tokens, "--only", "rms_norm"), quick=True, compiles=True
+        ),
+        "relu": Part("bench_relu", ("--tokens", *tokens[:3], "--only", "relu forward"), quick=True),
+        "kl_more": Part("bench_kl", ("--only", "reverse", "jsd", "no_tail"), compiles=True),
         "lora_bias": Part("bench_lora_linear", ("--only", "trained bias")),
+        "norms_step": Part("bench_norms", ("--only", "a step")),
         "distill_step": Part("bench_distill_step"),
         "context_length": Part("bench_context_length"),
         "icl": Part("bench_icl", needs=None if rte else "FASTFT_DATA has no rte"),

@@ -117,6 +117,9 @@ class Recording:
     else's code. apart: opened around the work of writing the trace, of which nothing is left behind it.
 
     Overhead is in the recorded steps alone: writing and reading the trace is between steps.
+
+    grown_bytes: by how much the process's memory grew over the recorded steps, as the record of them does. 0 on a GPU,
+    whose memory has no part of it.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Recording:
         self.model, self.head, self.path, self.ranges, self.apart = model, head, path, ranges, apart
         self.wait, self.steps, self.memory, self.finished = wait, steps, memory, finished
         self.taken = 0  # steps that the loop has begun since it started
+        self.before = self.grown_bytes = 0
         self.profiler: profile | None = None
 
     @contextmanager
@@ -142,6 +146,8 @@ class Recording:
         """Around each step of the loop."""
         if self.taken == self.wait:
             self._start()
+        if self.taken == self.wait + WARM_UP:
+            self.before = memory_bytes()
         self.taken += 1
         with phase("step"):
             yield
@@ -185,6 +191,8 @@ class Recording:
         _recording = False
         self.foreign.__exit__(None, None, None)
         self.modules.remove()
+        if self.before and not torch.cuda.is_available():
+            self.grown_bytes = max(0, memory_bytes() - self.before)
         with self.apart():
             profiler, self.profiler = self.profiler, None
             profiler.stop()

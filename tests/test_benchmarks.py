@@ -143,14 +143,34 @@ def test_quantising_is_that_of_bitsandbytes(script, tmp_path, monkeypatch):
     assert len(rows) == 8 and not [row["error"] for row in rows if row["error"]]
 
 
+OPS = {path.stem for path in (ROOT / "fastft/ops").glob("[a-z]*.py")} - {"reference", "index_check", "frozen_weight"}
+KERNELS = {"kl", "lora_linear", "bias_adamw", "attention", "quantise", "elementwise", "norms", "relu"}
+
+
+def test_the_short_form_has_every_kernel(script):
+    quick = {part.script for part in script("run_all").parts_of("cpu").values() if part.quick}
+    assert quick == {f"bench_{name}" for name in KERNELS}
+
+
 def test_every_kernel_has_a_picture_of_its_sizes(script, tmp_path, monkeypatch):
+    """Of made rows; and the pages show what the kept result has in several sizes."""
     plots = script("plots")
+    assert set(plots.PICTURES) == OPS | {"quantise_4bit"}
+    for sweeps in plots.PICTURES.values():
+        rows = [
+            row | {"name": sweep.case, "shape": {sweep.size: row["shape"]["rows"], **dict(sweep.among)}}
+            for sweep in sweeps
+            for row in rows_of(0)
+        ]
+        assert len(plots.draw(rows, sweeps).axes) == 2 * len(sweeps)
     monkeypatch.setattr(sys, "argv", ["plots.py", "--out", str(tmp_path)])
     assert plots.main() == 0
-    for name in plots.PICTURES:
-        assert (tmp_path / f"{name}.svg").read_text().count("<path") > 20
-        assert (ROOT / f"docs/benchmarks/plots/{name}.svg").exists()
-        assert f"benchmarks/plots/{name}.svg" in (ROOT / "docs/kernels.md").read_text()
+    drawn = list(tmp_path.glob("*.svg"))
+    assert len(drawn) >= 7
+    for path in drawn:
+        assert path.read_text().count("<path") > 20
+        assert (ROOT / f"docs/benchmarks/plots/{path.name}").exists()
+        assert f"benchmarks/plots/{path.name}" in (ROOT / "docs/kernels.md").read_text()
 
 
 def run(bench: str, *options: str, json_file) -> dict[tuple[str, str], dict]:

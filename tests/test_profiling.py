@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from contextlib import nullcontext
@@ -71,11 +72,14 @@ def test_two_ranks_under_zero_3_add_up(profiled_config, launch):
     assert report["profile"][0]["steps"] == pytest.approx(measured, rel=0.03)
     highest = max(nbytes for _, nbytes in report["memory"])
     assert highest == pytest.approx(report["peak_memory_bytes"], rel=0.03)
+    assert 0 <= report["tracing"]["record_bytes"] < highest
     assert report["tracing"]["is_excluded"] and report["tracing"]["peak_bytes"] > 1.03 * highest
     assert report["plan"]["measured_peak_bytes"] == report["peak_memory_bytes"] >= rows[-1]["peak_memory_bytes"]
     assert "trace" in {name for name, *_ in report["spans"]}
     page = (folder / "report.html").read_text()
     assert "Rank 0 works longest" in page or "Rank 1 works longest" in page
+    links = set(re.findall(r'href="([^"#]+)"', page))
+    assert "profile/rank_1.html" in links and all((folder / link).is_file() for link in links)
     for rank in (0, 1):
         assert f"rank {rank}" in (folder / "profile" / f"rank_{rank}.html").read_text()
         assert Trace.read(folder / "profile" / f"rank_{rank}.trace.json.gz").steps

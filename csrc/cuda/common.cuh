@@ -256,6 +256,7 @@ KernelEntry cross_entropy_entry(const RowLimits& limits);
 KernelEntry index_check_entry();
 KernelEntry lora_down_entry();
 KernelEntry lora_outer_entry();
+KernelEntry lora_down_outer_entry();
 KernelEntry lora_combine_entry();
 KernelEntry lora_up_entry();
 KernelEntry relu_entry();

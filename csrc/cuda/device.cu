@@ -84,6 +84,7 @@ int launch_configurations(LaunchConfiguration* out, int capacity) {
                                    dequantise_8bit_entry(),
                                    lora_down_entry(),
                                    lora_outer_entry(),
+                                   lora_down_outer_entry(),
                                    lora_combine_entry(),
                                    lora_up_entry()};
     int n = 0;

@@ -5,6 +5,7 @@
 // Predicted, not measured: bytes / 4.3 TB/s on an H200, 16-bit, r 16.
 //   M 2048  K, N 7168   lora_down, lora_outer read 29 MB, 7 us;    lora_up reads and writes 59 MB, 14 us
 //   M 8192  K, N 8192   lora_down, lora_outer read 134 MB, 31 us;  lora_up reads and writes 268 MB, 62 us
+//                       lora_down_outer reads 134 MB and moves 34 MB of sums, 39 us in place of 62
 // and about 2 us for the second launch of lora_down and lora_outer. In one launch a ticket of the last block
 // would need a counter that is zero, which scratch is not: a memset costs a launch as well.
 #include "fastft/lora_linear.h"
@@ -270,6 +271,95 @@ __global__ void __launch_bounds__(kThreads)
     from_float(scaling * lora_combine(plan, scratch, index), out + at.i * i_stride + at.j * j_stride);
 }
 
+// Shared memory of lora_down_outer: a tile of y, read along its rows for one product and down its columns for
+// the other, with a's tile for the first; and u's tiles, which stay for all the columns of a tile of rows.
+template <class T, bool kSmallRows>
+struct Pair {
+    static constexpr int kDeep = kDepth<T>;
+    static constexpr int kSteps = kLoraPairColumns / kDeep;
+    using YTile = Tile<T, kLoraTile, kDeep, true>;
+    using YColumns = Tile<T, kDeep, kLoraTile, false>;
+    using ATile = Tile<T, 16, kDeep, kSmallRows>;
+    using UTile = Tile<T, 16, kLoraTile, false>;
+    static_assert(YTile::kStride == YColumns::kStride && YTile::kSize == YColumns::kSize, "the same memory");
+    static_assert(kDeep == kThreads / kWarp * 16, "a fragment of columns for each warp");
+    static constexpr int kStage = YTile::kSize + ATile::kSize;
+    static constexpr int kBytes = kSplitStages * (kStage + UTile::kSize) * static_cast<int>(sizeof(T));
+    static_assert(YTile::kSize * sizeof(T) % 32 == 0 && ATile::kSize * sizeof(T) % 32 == 0, "see Pipeline");
+};
+
+// The sums of y a^T over the block's columns and of y^T u over its rows. Grid: down.splits, outer.splits.
+template <class T, bool kSmallRows>
+__global__ void __launch_bounds__(kThreads, 2)
+    lora_pair_kernel(Operand<const T> y, Operand<const T> a, Operand<const T> u, LoraPlan down,
+                     LoraPlan outer, float* down_scratch, float* outer_scratch) {
+    using Shape = Pair<T, kSmallRows>;
+    T* stages = reinterpret_cast<T*>(dynamic_shared);
+    T* us = stages + kSplitStages * Shape::kStage;
+    const int64_t row = outer.first_d(blockIdx.y), column = down.first_d(blockIdx.x);
+    const int64_t tiles = ceil_div(outer.last_d(blockIdx.y) - row, kLoraTile);
+    const int steps = static_cast<int>(ceil_div(down.last_d(blockIdx.x) - column, Shape::kDeep));
+    const int first = static_cast<int>(threadIdx.x) / kWarp * 16;  // of a tile's columns, the warp's
+
+    int64_t next_tile = 0;
+    int next_step = 0, next_stage = 0, stage = 0;
+    const auto load = [&] {
+        if (next_tile < tiles) {
+            T* to = stages + next_stage * Shape::kStage;
+            const int64_t i = row + next_tile * kLoraTile, d = column + next_step * Shape::kDeep;
+            Shape::YTile::load(y, i, d, to);
+            Shape::ATile::load(a, 0, d, to + Shape::YTile::kSize);
+            // As many of u's tiles as there are stages: of one step each, they come and go with the stages.
+            if (next_step == 0)
+                Shape::UTile::load(u, 0, i, us + next_tile % kSplitStages * Shape::UTile::kSize);
+            next_stage = next_stage + 1 < kSplitStages ? next_stage + 1 : 0;
+            if (++next_step == steps) {
+                next_step = 0;
+                ++next_tile;
+            }
+        }
+        __pipeline_commit();  // an empty one keeps the count
+    };
+    for (int n = 0; n < kSplitStages - 1; ++n) load();
+
+    wmma::fragment<wmma::accumulator, 16, 16, 16, float> outer_sums[Shape::kSteps];
+#pragma unroll
+    for (int step = 0; step < Shape::kSteps; ++step) wmma::fill_fragment(outer_sums[step], 0.0f);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const T* u_tile = us + tile % kSplitStages * Shape::UTile::kSize;
+        Sums<T, 16> sums;
+#pragma unroll  // or outer_sums would not be in registers
+        for (int step = 0; step < Shape::kSteps; ++step) {
+            if (step >= steps) break;
+            __pipeline_wait_prior(kSplitStages - 2);
+            __syncthreads();  // see Pipeline::run
+            load();
+            const T* y_tile = stages + stage * Shape::kStage;
+            stage = stage + 1 < kSplitStages ? stage + 1 : 0;
+            sums.template add<Shape::kDeep, true, kSmallRows>(y_tile, y_tile + Shape::YTile::kSize);
+#pragma unroll 2
+            for (int d = 0; d < kLoraTile; d += 16) {
+                wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::col_major> columns;
+                wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::row_major> ranks;
+                wmma::load_matrix_sync(columns, y_tile + Shape::YColumns::index(first, d),
+                                       Shape::YColumns::kStride);
+                wmma::load_matrix_sync(ranks, u_tile + Shape::UTile::index(0, d), Shape::UTile::kStride);
+                wmma::mma_sync(outer_sums[step], columns, ranks, outer_sums[step]);
+            }
+        }
+        sums.template store<16>(down_scratch + down.scratch_index(blockIdx.x, row / kLoraTile + tile),
+                                down.scratch_stride(), true, 0);
+    }
+#pragma unroll
+    for (int step = 0; step < Shape::kSteps; ++step) {
+        if (step >= steps) break;
+        const int64_t i = column + step * Shape::kDeep + first;
+        float* to = outer_scratch + outer.scratch_index(blockIdx.y, i / kLoraTile);
+        wmma::store_matrix_sync(to + i % kLoraTile * outer.scratch_stride(), outer_sums[step],
+                                outer.scratch_stride(), wmma::mem_row_major);
+    }
+}
+
 // Shared memory of lora_up: the tile of y, then the operands' tiles, whose place a slab of the product takes.
 template <class T, bool kSmallRows>
 struct Up {
@@ -369,6 +459,14 @@ cudaError_t allow_shared(Kernel* kernel, int bytes) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
+template <class T>
+void launch_combine(const char* name, const LoraPlan& plan, const float* scratch, double scaling, T* out,
+                    int64_t i_stride, int64_t j_stride, cudaStream_t stream) {
+    check(name, plan.length, plan.depth, plan.r,
+          launch_kernel(&lora_combine_kernel<T>, grid_of(name, plan.split_sums() / kThreads), kThreads, 0, 1,
+                        stream, plan, scratch, static_cast<float>(scaling), out, i_stride, j_stride));
+}
+
 template <bool kLargeRows, bool kSmallRows, class T>
 void launch_product(const char* name, const Operand<const T>& large, const Operand<const T>& small,
                     const LoraPlan& plan, float* scratch, double scaling, T* out, int64_t i_stride,
@@ -387,9 +485,7 @@ void launch_product(const char* name, const Operand<const T>& large, const Opera
     } else {
         run(std::integral_constant<int, 64>());
     }
-    check(name, large.rows, large.columns, plan.r,
-          launch_kernel(&lora_combine_kernel<T>, grid_of(name, plan.split_sums() / kThreads), kThreads, 0, 1,
-                        stream, plan, scratch, static_cast<float>(scaling), out, i_stride, j_stride));
+    launch_combine(name, plan, scratch, scaling, out, i_stride, j_stride, stream);
 }
 
 }  // namespace
@@ -419,6 +515,41 @@ void lora_outer_cuda(const LoraOuterArgs& args, cudaStream_t stream) {
                                      operand(static_cast<const T*>(args.u), args.M, args.r, args.u_stride, 1),
                                      lora_plan(args), static_cast<float*>(args.scratch), 1,
                                      static_cast<T*>(args.g.data), args.g.stride_1, args.g.stride_0, stream);
+    });
+}
+
+void lora_down_outer_cuda(const LoraDownOuterArgs& args, cudaStream_t stream) {
+    constexpr const char* name = "lora_down_outer";
+    const LoraPairPlan plan = lora_down_outer_plan(args);
+    if (!plan.fused) {
+        lora_down_cuda(down_part(args), stream);
+        lora_outer_cuda(outer_part(args), stream);
+        return;
+    }
+    const auto run = [&](auto element, auto small_rows) {
+        using T = decltype(element);
+        using Shape = Pair<T, decltype(small_rows)::value>;
+        const auto kernel = &lora_pair_kernel<T, decltype(small_rows)::value>;
+        float* down_scratch = static_cast<float*>(args.scratch);
+        float* outer_scratch = down_scratch + plan.down.scratch_size();
+        check(name, args.M, args.N, args.r, allow_shared(kernel, Shape::kBytes));
+        const dim3 grid(grid_of(name, plan.down.splits), static_cast<unsigned>(plan.outer.splits));
+        check(name, args.M, args.N, args.r,
+              launch_kernel(kernel, grid, kThreads, Shape::kBytes, 1, stream,
+                            operand(static_cast<const T*>(args.y), args.M, args.N, args.y_stride, 1),
+                            small_operand<T>(args.a, args.r, args.N),
+                            operand(static_cast<const T*>(args.u), args.M, args.r, args.u_stride, 1),
+                            plan.down, plan.outer, down_scratch, outer_scratch));
+        launch_combine(name, plan.down, down_scratch, args.scaling, static_cast<T*>(args.du), args.du_stride,
+                       1, stream);
+        launch_combine(name, plan.outer, outer_scratch, 1, static_cast<T*>(args.g), args.r, 1, stream);
+    };
+    dispatch_bool(deep_rows(args.a), [&](auto small_rows) {
+        if (args.dtype == DType::BFloat16) {
+            run(__nv_bfloat16(), small_rows);
+        } else {
+            run(__half(), small_rows);
+        }
     });
 }
 
@@ -453,6 +584,11 @@ KernelEntry lora_outer_entry() {
     constexpr int kBytes = SplitPipeline<__nv_bfloat16, 16, false, false>::kBytes;
     const auto kernel = &lora_split_kernel<__nv_bfloat16, 16, false, false>;
     return {"lora_outer", reinterpret_cast<const void*>(kernel), plain_launch(kThreads, kBytes)};
+}
+KernelEntry lora_down_outer_entry() {
+    const auto kernel = &lora_pair_kernel<__nv_bfloat16, false>;
+    return {"lora_down_outer", reinterpret_cast<const void*>(kernel),
+            plain_launch(kThreads, Pair<__nv_bfloat16, false>::kBytes)};
 }
 KernelEntry lora_combine_entry() {
     return {"lora_combine", reinterpret_cast<const void*>(&lora_combine_kernel<__nv_bfloat16>),

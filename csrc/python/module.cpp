@@ -173,4 +173,12 @@ PYBIND11_MODULE(_build, m) {
         const auto plan = fastft::lora_plan(length, depth, r, true, element_bytes);
         return py::make_tuple(plan.blocks(), plan.splits, plan.split_depth, plan.scratch_size());
     });
+    m.def("lora_pair_splits", [](int64_t M, int64_t N, int64_t r, bool two_bytes) {
+        fastft::LoraDownOuterArgs args{};
+        args.M = M, args.N = N, args.r = r;
+        args.dtype = two_bytes ? fastft::DType::BFloat16 : fastft::DType::Float32;
+        const auto plan = fastft::lora_down_outer_plan(args);
+        return py::make_tuple(plan.fused, plan.down.split_depth, plan.down.splits, plan.outer.split_depth,
+                              plan.outer.splits, plan.scratch_size());
+    });
 }

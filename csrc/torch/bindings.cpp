@@ -38,10 +38,12 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     // Ids outside [0, vocab) other than `ignore`, into a record in the host's memory (for CUDA's, pinned):
     // see fastft/index_check.h.
     m.def("index_check(Tensor index, int vocab, int ignore, int source, Tensor(a!) record) -> ()");
-    // u = scaling x a^T; y += u b^T; u^T y, or with `transposed` y^T u: see fastft/lora_linear.h.
+    // u = scaling x a^T; y += u b^T; u^T y, or with `transposed` y^T u; du = scaling y a^T and y^T u: see
+    // fastft/lora_linear.h.
     m.def("lora_down(Tensor x, Tensor a, float scaling, Tensor(a!) u) -> ()");
     m.def("lora_up(Tensor(a!) y, Tensor u, Tensor b) -> ()");
     m.def("lora_outer(Tensor u, Tensor y, bool transposed) -> Tensor");
+    m.def("lora_down_outer(Tensor y, Tensor a, float scaling, Tensor(a!) du, Tensor u) -> Tensor");
     // A tile of a quantised weight: see fastft/dequantise.h.
     m.def(
         "dequantise_4bit(Tensor packed, Tensor code, Tensor absmax, Tensor? absmax_code, Tensor? "
@@ -100,6 +102,7 @@ STABLE_TORCH_LIBRARY(fastft, m) {
         m.impl("lora_down", TORCH_BOX(&fastft::lora_down));                             \
         m.impl("lora_up", TORCH_BOX(&fastft::lora_up));                                 \
         m.impl("lora_outer", TORCH_BOX(&fastft::lora_outer));                           \
+        m.impl("lora_down_outer", TORCH_BOX(&fastft::lora_down_outer));                 \
         m.impl("dequantise_4bit", TORCH_BOX(&fastft::dequantise_4bit));                 \
         m.impl("dequantise_8bit", TORCH_BOX(&fastft::dequantise_8bit));                 \
         m.impl("relu", TORCH_BOX(&fastft::relu));                                       \
@@ -141,6 +144,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
                            "lora_down",
                            "lora_up",
                            "lora_outer",
+                           "lora_down_outer",
                            "dequantise_4bit",
                            "dequantise_8bit",
                            "relu",

@@ -48,6 +48,7 @@ void dequantise_8bit_cuda(const Dequantise8bitArgs&, cudaStream_t) { no_cuda(); 
 void lora_down_cuda(const LoraDownArgs&, cudaStream_t) { no_cuda(); }
 void lora_up_cuda(const LoraUpArgs&, cudaStream_t) { no_cuda(); }
 void lora_outer_cuda(const LoraOuterArgs&, cudaStream_t) { no_cuda(); }
+void lora_down_outer_cuda(const LoraDownOuterArgs&, cudaStream_t) { no_cuda(); }
 void bias_adamw_cuda(const AdamWArgs&, cudaStream_t) { no_cuda(); }
 void relu_cuda(const ReluArgs&, cudaStream_t) { no_cuda(); }
 void relu_backward_cuda(const ReluBackwardArgs&, cudaStream_t) { no_cuda(); }

@@ -137,4 +137,43 @@ Tensor lora_outer(const Tensor& u, const Tensor& y, bool transposed) {
     return g;
 }
 
+Tensor lora_down_outer(const Tensor& y, const Tensor& a, double scaling, Tensor du, const Tensor& u) {
+    if (!y.is_cuda()) {  // y of a layer is in the cache behind the first: one pass for both would win nothing
+        lora_down(y, a, scaling, du);
+        return lora_outer(u, y, true);
+    }
+    check_rows(y, "lora_down_outer: y must be [M, N] with contiguous rows");
+    check_rows(du, "lora_down_outer: du must be [M, r] with contiguous rows");
+    check_rows(u, "lora_down_outer: u must be [M, r] with contiguous rows");
+    check(a.dim() == 2 && a.size(1) == y.size(1), "lora_down_outer: a must be [r, N] like y");
+    for (const Tensor* t : {static_cast<const Tensor*>(&du), &u}) {
+        check(t->size(0) == y.size(0) && t->size(1) == a.size(0),
+              "lora_down_outer: du and u must be [M, r] like y and a");
+    }
+    for (const Tensor* t : {&a, static_cast<const Tensor*>(&du), &u}) {
+        check(t->scalar_type() == y.scalar_type(), "lora_down_outer: a, du and u must have the dtype of y");
+    }
+    LoraDownOuterArgs args{};
+    args.dtype = dtype_of(y);
+    args.y = y.data_ptr();
+    args.a = small_matrix(a);
+    args.du = du.data_ptr();
+    args.u = u.data_ptr();
+    args.M = y.size(0);
+    args.N = y.size(1);
+    args.r = a.size(0);
+    args.y_stride = y.stride(0);
+    args.du_stride = du.stride(0);
+    args.u_stride = u.stride(0);
+    args.scaling = scaling;
+    Tensor g = torch::stable::new_empty(y, {args.N, args.r});
+    args.g = g.data_ptr();
+    DeviceGuard guard(y);
+    const Tensor scratch =
+        torch::stable::new_empty(y, {lora_down_outer_plan(args).scratch_size()}, ScalarType::Float);
+    args.scratch = scratch.data_ptr();
+    lora_down_outer_cuda(args, current_stream(y));
+    return g;
+}
+
 }  // namespace fastft

@@ -40,10 +40,11 @@ class Base:
         """A line of a run's beginning."""
         count, m = parameter_count(self.lm), config.model
         held = m.dtype if m.quantization == "none" else f"{m.quantization} + {m.dtype}"
-        processes = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
+        processes, threads = ranks.world_size, torch.get_num_threads()
         return (
             f"model      {m.name_or_path}  {count:,} parameters  {held}  {ranks.device}  "
-            f"{processes} x {torch.get_num_threads()} threads  attention {self.attention}"
+            f"{processes} process{'es' if processes > 1 else ''} x {threads} thread{'s' if threads > 1 else ''}  "
+            f"attention {self.attention}"
             f"{'' if self.lm.shared_by is None else ', contexts shared (Ulysses)'}"
         )
 

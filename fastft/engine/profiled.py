@@ -142,7 +142,7 @@ class Profiled:
                 "device": str(self.ranks.device),
                 "processes": self.ranks.world_size,
                 "peak_memory_bytes": self.peak_memory_bytes or memory.peak_memory_bytes(),
-                "tracing": asdict(self.tracing) if self.tracing else None,
+                "tracing": self._tracing(),
                 "spans": self.clock.spans,
                 "memory": list(self.timeline.samples) if self.timeline else [],
                 "profile": self.figures,
@@ -150,6 +150,12 @@ class Profiled:
                 "advice": [asdict(advice) for advice in advise(self.figures, plan, self.config)],
             },
         )
+
+    def _tracing(self) -> dict[str, Any] | None:
+        """What the profiler itself took of memory, None where nothing was recorded."""
+        if not (self.tracing and self.recording):
+            return None
+        return asdict(self.tracing) | {"record_bytes": self.recording.grown_bytes}
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The frozen base and the adapted model in one pass through the decoder.
 
 The teacher is the same model as the student, with the adapter off, so a layer's weights can serve both while they are
-there: ZeRO-3 gathers them once, parameter offload copies them once. All rows of a pass lie end to end, [1, T1 + T2 +
-...], and go through the decoder's own code together; only where the two differ are they taken apart. Each decoder
-layer, and what is adapted or drops out besides, runs its parts one after the other
+there: ZeRO-3 gathers them once, parameter offload copies them once, quantised ones are dequantised once. All rows of
+a pass lie end to end, [1, T1 + T2 + ...], and go through the decoder's own code together; only where the two differ
+are they taken apart. Each decoder layer, and what is adapted or drops out besides, runs its parts one after the other
 
     contexts     no gradient, adapter off, no dropout; their keys and values are captured
     teacher      the same, behind the contexts (which this layer has captured a moment ago, or an earlier pass has)
@@ -24,6 +24,7 @@ from torch import nn
 from fastft.errors import ModelError
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
+from fastft.models.quantized import dequantised_once, quantised_weights
 from fastft.peft import adapter_off
 
 R = TypeVar("R")
@@ -79,7 +80,7 @@ class Lockstep:
             self.lm.train(self._training)
 
     def _take_apart(self, module: nn.Module) -> None:
-        whole = module.forward
+        whole, weights = module.forward, quantised_weights(module)
 
         def forward(*args, **kwargs):
             parts = self._parts
@@ -88,11 +89,12 @@ class Lockstep:
             *frozen, trained = parts.packs
             *arguments, last = _split((args, kwargs), parts.sizes)
             self._parts = None  # what is inside of `module` sees one part
-            with torch.no_grad(), adapter_off():
-                outputs = [_call(whole, part, packed) for part, packed in zip(arguments, frozen, strict=True)]
-            module.train(self._training)
-            outputs.append(_call(whole, last, trained))
-            module.eval()
+            with dequantised_once(weights):
+                with torch.no_grad(), adapter_off():
+                    outputs = [_call(whole, part, packed) for part, packed in zip(arguments, frozen, strict=True)]
+                module.train(self._training)
+                outputs.append(_call(whole, last, trained))
+                module.eval()
             self._parts = parts
             return _join(outputs)
 

@@ -7,7 +7,8 @@ holds it under one name, and no cast of a module to another dtype touches its sc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class QuantizedWeight(FrozenWeight):
         # Read once, where the weight is loaded: on a GPU each look would wait for the device.
         is_nf4 = packing.kind == "nf4" and storage.device.type != "meta"
         self.absmax_offset = float(packing.views(storage)["absmax_offset"]) if is_nf4 else 0.0
+        self._is_kept = False  # see `dequantised_once`
+        self._whole: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +103,31 @@ class QuantizedWeight(FrozenWeight):
         self._unpacked().dequantise(begin, end, out)
 
     def tiles(self, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        return self._unpacked().tiles(like)
+        if not self._is_kept:
+            return self._unpacked().tiles(like)
+        if self._whole is None or self._whole.dtype != like.dtype:
+            self._whole = like.new_empty(self.shape)
+            self.dequantise(0, self.shape[0], self._whole)
+        return iter([(0, self.shape[0], self._whole)])
+
+
+@contextmanager
+def dequantised_once(weights: Iterable[QuantizedWeight]) -> Iterator[None]:
+    """Within, a weight's first product dequantises it, and the others find it whole, [N, K] in their dtype."""
+    weights = list(weights)
+    for weight in weights:
+        weight._is_kept = True
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight._is_kept, weight._whole = False, None
+
+
+def quantised_weights(model: nn.Module) -> list[QuantizedWeight]:
+    """Those of its linear layers, adapted or not, each once."""
+    found = (getattr(module, "weight", None) for module in model.modules())
+    return list(dict.fromkeys(w for w in found if isinstance(w, QuantizedWeight)))
 
 
 class QuantizedLinear(nn.Linear):
@@ -180,9 +207,5 @@ def dequantise(model: nn.Module) -> None:
 
 def parameter_count(model: nn.Module) -> int:
     """Weights of the model, each quantised one counted once, whatever it is held in."""
-    packed = {
-        m.weight.storage: math.prod(m.weight.shape)
-        for m in model.modules()
-        if isinstance(getattr(m, "weight", None), QuantizedWeight)
-    }
+    packed = {weight.storage: math.prod(weight.shape) for weight in quantised_weights(model)}
     return sum(packed.get(p, p.numel()) for p in model.parameters())

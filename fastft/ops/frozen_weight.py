@@ -178,6 +178,15 @@ def linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Ten
     return y
 
 
+def add_linear(y: Tensor, x: Tensor, weight: Tensor | FrozenWeight) -> None:
+    """y [M, N] += x [M, K] @ weight.T, in the product's own epilogue."""
+    if not isinstance(weight, FrozenWeight):
+        y.addmm_(x, weight.t())
+        return
+    for begin, end, tile in weight.tiles(x):
+        add_linear(y[:, begin:end], x, tile)
+
+
 def add_input_grad(dx: Tensor | None, dy: Tensor, weight: Tensor | FrozenWeight) -> Tensor:
     """dx + dy [M, N] @ weight [N, K], in place where there is a dx."""
     if not isinstance(weight, FrozenWeight):

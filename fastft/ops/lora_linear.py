@@ -9,14 +9,22 @@ from torch import Tensor
 
 from fastft.ops import _extension
 from fastft.ops._common import check_float, check_like, shape_of
-from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, linear
+from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, add_linear, linear
 
-# Where the adapter's own small products run: "kernels" are this project's, "products" torch's (oneDNN, cuBLAS).
-# By device type: the largest summed rank for which the kernels were the faster ones.
+# How the adapter's small products are computed. What passes over tensors of the size of x or y a layer's forward and
+# backward take beyond the two frozen products, each read and each write counted as one:
+#   products   8: torch's products (oneDNN, cuBLAS) read x and dy for u and du, and again for both gradients; y and dx
+#              are read and written once more for what the adapter adds
+#   kernels    7: this project's kernels; dy is read once for du and d_lora_B
+#   epilogue   5: also, u lora_B^T and du lora_A are written first and the frozen products add to them in their
+#              epilogue, where the reads can hide behind the next tile's multiplication
+FORMS = ("kernels", "products", "epilogue")
+# By device type: (form up to a summed rank, that rank), beyond it "products".
 # cpu: bench_lora_linear.py on AVX-512 with bf16 products; time of the kernels' form over that of the products', forward
 # and backward of a layer: 0.85 to 0.97 at r 16, 0.89 to 1.00 at r 64, 1.00 to 1.03 at r 128 (M 330 to 1024, K and N
-# 576 to 8192). cuda: nothing has been measured yet, so the vendor's products are used.
-KERNELS_UP_TO_RANK = {"cpu": 64, "cuda": 0}
+# 576 to 8192). cuda: nothing has been measured yet, so the vendor's products are used; bench_lora_linear.py has a row
+# for each form.
+PICKED = {"cpu": ("kernels", 64), "cuda": ("products", 0)}
 
 
 def lora_linear(
@@ -41,7 +49,8 @@ def lora_linear(
     Nothing of size [..., N] is written besides the result. Saves x, u [..., r] and the parameters themselves (not
     views of them), so ZeRO-3 can release a gathered weight.
 
-    form: "kernels" or "products" for the products with lora_A and lora_B; None picks what was measured to be faster.
+    form: one of `FORMS`, how the products with lora_A and lora_B are computed; None picks what was measured to be the
+    fastest.
     Raises ValueError for a shape, dtype or device that does not fit, naming the argument.
     Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
@@ -69,22 +78,23 @@ def lora_linears(
     _check(x, weights, lora_As, lora_Bs, biases, same_dtype=not autocast)
     tensors = (*weights, *lora_As, *lora_Bs, *biases)
     rank = lora_As[0].shape[0] if len(lora_As) == 1 else sum(A.shape[0] for A in lora_As)
-    kernels = _pick_form(form, device, rank) == "kernels"
+    form = pick_form(form, device, rank)
     if not autocast:
-        return _LoraLinears.apply(x, scaling, kernels, len(weights), *tensors)
+        return _LoraLinears.apply(x, scaling, form, len(weights), *tensors)
     dtype = torch.get_autocast_dtype(device)
     x, *tensors = (t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *tensors))
     with torch.amp.autocast(device, enabled=False):
-        return _LoraLinears.apply(x, scaling, kernels, len(weights), *tensors)
+        return _LoraLinears.apply(x, scaling, form, len(weights), *tensors)
 
 
-def _pick_form(form: str | None, device: str, rank: int) -> str:
+def pick_form(form: str | None, device: str, rank: int) -> str:
     """The form asked for, or the one that was measured to be the faster one for a summed rank on a device type."""
     if form is None:
-        return "kernels" if rank <= KERNELS_UP_TO_RANK.get(device, 0) and _extension.available() else "products"
-    if form not in ("kernels", "products"):
-        raise ValueError(f"lora_linear: form is {form!r}, expected 'kernels', 'products' or None")
-    if form == "kernels":
+        picked, up_to_rank = PICKED.get(device, ("products", 0))
+        return picked if rank <= up_to_rank and _extension.available() else "products"
+    if form not in FORMS:
+        raise ValueError(f"lora_linear: form is {form!r}, expected one of {', '.join(FORMS)}, or None")
+    if form != "products":
         _extension.load()
     return form
 
@@ -115,30 +125,35 @@ def _check(x: Tensor, weights, lora_As, lora_Bs, biases, *, same_dtype: bool) ->
             raise ValueError(f"{op}: bias{of} is {shape_of(bias)}, expected [{N}]")
 
 
-def _down(x: Tensor, a: Tensor, scaling: float, u: Tensor, kernels: bool) -> None:
+def _down(x: Tensor, a: Tensor, scaling: float, u: Tensor, form: str) -> None:
     """u = scaling * x @ a.T"""
-    if kernels:
-        torch.ops.fastft.lora_down.default(x, a, scaling, u)
-    else:
+    if form == "products":
         u.copy_(torch.mm(x, a.t()).mul_(scaling))
-
-
-def _up(y: Tensor, u: Tensor, b: Tensor, kernels: bool) -> None:
-    """y += u @ b.T"""
-    if kernels:
-        torch.ops.fastft.lora_up.default(y, u, b)
     else:
+        torch.ops.fastft.lora_down.default(x, a, scaling, u)
+
+
+def _down_outer(y: Tensor, a: Tensor, scaling: float, du: Tensor, u: Tensor, form: str) -> Tensor:
+    """du = scaling * y @ a.T; y.T @ u"""
+    if form == "products":
+        _down(y, a, scaling, du, form)
+        return torch.mm(y.t(), u)
+    return torch.ops.fastft.lora_down_outer.default(y, a, scaling, du, u)
+
+
+def _up(y: Tensor, u: Tensor, b: Tensor, form: str) -> None:
+    """y += u @ b.T"""
+    if form == "products":
         y.addmm_(u, b.t())
+    else:
+        torch.ops.fastft.lora_up.default(y, u, b)
 
 
-def _outer(u: Tensor, y: Tensor, kernels: bool) -> Tensor:
-    """u.T @ y"""
-    return torch.ops.fastft.lora_outer.default(u, y, False) if kernels else torch.mm(u.t(), y)
-
-
-def _outer_transposed(u: Tensor, y: Tensor, kernels: bool) -> Tensor:
-    """y.T @ u"""
-    return torch.ops.fastft.lora_outer.default(u, y, True) if kernels else torch.mm(y.t(), u)
+def _outer(u: Tensor, y: Tensor, transposed: bool, form: str) -> Tensor:
+    """u.T @ y, or its transpose"""
+    if form != "products":
+        return torch.ops.fastft.lora_outer.default(u, y, transposed)
+    return torch.mm(y.t(), u) if transposed else torch.mm(u.t(), y)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -157,17 +172,21 @@ def _columns(u: Tensor, lora_As: Sequence[Tensor]) -> Sequence[Tensor]:
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scaling, kernels, n, *tensors):
+    def forward(ctx, x, scaling, form, n, *tensors):
         weights, As, Bs, biases = (tensors[i * n : (i + 1) * n] for i in range(4))
         rows = _rows(x)
         u = rows.new_empty(rows.shape[0], sum(A.shape[0] for A in As))
-        _down(rows, _stacked(As), scaling, u, kernels)
+        _down(rows, _stacked(As), scaling, u, form)
         outputs = []
         for weight, B, bias, u_of_layer in zip(weights, Bs, biases, _columns(u, As), strict=True):
-            y = linear(rows, weight, bias)
-            _up(y, u_of_layer, B, kernels)
+            if form == "epilogue":
+                y = linear(u_of_layer, B, bias)
+                add_linear(y, rows, weight)
+            else:
+                y = linear(rows, weight, bias)
+                _up(y, u_of_layer, B, form)
             outputs.append(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]))
-        ctx.scaling, ctx.kernels, ctx.n = scaling, kernels, n
+        ctx.scaling, ctx.form, ctx.n = scaling, form, n
         ctx.set_materialize_grads(False)
         ctx.quantised = [w if isinstance(w, FrozenWeight) else None for w in weights]
         keep_x = any(ctx.needs_input_grad[4 : 4 + 2 * n])
@@ -178,7 +197,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        n, kernels = ctx.n, ctx.kernels
+        n, form = ctx.n, ctx.form
         x, u, *saved = ctx.saved_tensors
         weights, As, Bs = (saved[i * n : (i + 1) * n] for i in range(3))
         weights = [q or w for q, w in zip(ctx.quantised, weights, strict=True)]
@@ -191,28 +210,32 @@ class _LoraLinears(torch.autograd.Function):
         us = _columns(u, As)
         dWs, dAs, dBs, dbs = ([None] * n for _ in range(4))
         dx = None
-        if used and (need_x or any(need_A)):
-            du = torch.empty_like(u)
-            dus = _columns(du, As)
-            for dy, B, du_of_layer in zip(dys, Bs, dus, strict=True):
-                if dy is None:
+        need_du = bool(used) and (need_x or any(need_A))
+        du = torch.empty_like(u) if need_du else None
+        for i, du_of_layer in enumerate(_columns(du, As) if need_du else [None] * n):
+            if dys[i] is None:
+                if need_du:
                     du_of_layer.zero_()
-                else:
-                    _down(dy, B.t(), ctx.scaling, du_of_layer, kernels)
-            if any(need_A):
-                dA = _outer(du, rows, kernels)
-                # Each in memory of its own: a view would keep the other layers' alive.
-                dAs = [dA] if n == 1 else [part.clone() for part in dA.split([A.shape[0] for A in As])]
-            if need_x:
-                for i in used:
-                    dx = add_input_grad(dx, dys[i], weights[i])
-                _up(dx, du, _stacked(As).t(), kernels)
-                dx = dx if len(shape) == 2 else dx.view(shape)
+            elif need_du and need_B[i]:
+                dBs[i] = _down_outer(dys[i], Bs[i].t(), ctx.scaling, du_of_layer, us[i], form)
+            elif need_du:
+                _down(dys[i], Bs[i].t(), ctx.scaling, du_of_layer, form)
+            elif need_B[i]:
+                dBs[i] = _outer(us[i], dys[i], True, form)
+        if need_du and any(need_A):
+            dA = _outer(du, rows, False, form)
+            # Each in memory of its own: a view would keep the other layers' alive.
+            dAs = [dA] if n == 1 else [part.clone() for part in dA.split([A.shape[0] for A in As])]
+        if need_du and need_x:
+            dx = torch.mm(du, _stacked(As)) if form == "epilogue" else None
+            for i in used:
+                dx = add_input_grad(dx, dys[i], weights[i])
+            if form != "epilogue":
+                _up(dx, du, _stacked(As).t(), form)
+            dx = dx if len(shape) == 2 else dx.view(shape)
         for i in used:
             if need_weight[i]:
                 dWs[i] = torch.mm(dys[i].t(), rows)
-            if need_B[i]:
-                dBs[i] = _outer_transposed(us[i], dys[i], kernels)
             if need_bias[i]:
                 dbs[i] = dys[i].sum(0)
         return dx, None, None, None, *dWs, *dAs, *dBs, *dbs
@@ -226,3 +249,4 @@ def register() -> None:
     library.register_fake("fastft::lora_outer")(
         lambda u, y, transposed: y.new_empty((y.shape[1], u.shape[1]) if transposed else (u.shape[1], y.shape[1]))
     )
+    library.register_fake("fastft::lora_down_outer")(lambda y, a, scaling, du, u: y.new_empty(y.shape[1], u.shape[1]))

@@ -123,7 +123,13 @@ def _cpu(dtype: str) -> Device:
     bandwidth = 2 * x.numel() / _best_seconds(lambda: y.copy_(x))
     threads = torch.get_num_threads()
     return Device(
-        "cpu", f"CPU, {threads} threads", psutil.virtual_memory().total, bandwidth, flops, flops, bandwidth / 2
+        "cpu",
+        f"CPU, {threads} thread{'s' if threads > 1 else ''}",
+        psutil.virtual_memory().total,
+        bandwidth,
+        flops,
+        flops,
+        bandwidth / 2,
     )
 
 

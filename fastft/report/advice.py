@@ -6,6 +6,7 @@ the planner knows the change, its ratio of step times is applied to the measured
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,11 +217,15 @@ def communication(f: Findings) -> Iterator[Advice]:
             f"rank {slowest['rank']} works {ms(work[0])} a step, rank {fastest['rank']} {ms(work[1])}; the others wait",
             waiting,
         )
-    change = f.change("deepspeed.zero_stage")
+    if f.change("deepspeed.zero_stage"):
+        less = "Send less: deepspeed.zero_stage=2 fits, and gathers no weights"
+    elif f.config.train.micro_batches > 1:
+        less = "Send less often: fewer train.micro_batches, each of which gathers all weights"
+    else:
+        less = "Send less often for each token: a larger train.batch_size"
     yield Advice(
         "communication",
-        "Send less: "
-        + ("deepspeed.zero_stage=2 fits, and gathers no weights" if change else "train.micro_batches, batch_size"),
+        less,
         f"the step waits {ms(exposed)} for collectives, {percent(exposed / f.step_s)} of it",
         exposed - (waiting if waiting > exposed / 2 else 0.0),
     )
@@ -290,9 +295,14 @@ def of(shape: list[int]) -> str:
 
 def ms(seconds: float) -> str:
     """Seconds as people read them."""
-    if 0 < seconds < 1e-4:
-        return f"{1e6 * seconds:,.3g} µs"
-    return f"{1000 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:,.2f} s"
+    unit, per_second = next((u for u in (("s", 1), ("ms", 1e3)) if seconds * u[1] >= 1), ("µs", 1e6))
+    return f"{three_digits(per_second * seconds)} {unit}" if seconds > 0 else "0 ms"
+
+
+def three_digits(value: float) -> str:
+    """A positive number, never as a power of ten; smaller ones than 0.001 as 0.000."""
+    decimals = 2 - math.floor(math.log10(value))
+    return f"{value:,.{min(3, max(0, decimals))}f}"
 
 
 def percent(share: float) -> str:

@@ -18,11 +18,12 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot: what of a line of metrics.jsonl it shows, in which unit."""
+    """A plot: what of a line of metrics.jsonl it shows, in which unit; is_amount: against 0."""
 
     key: str
     label: str
     unit: float = 1
+    is_amount: bool = False
 
 
 PANELS = (
@@ -30,26 +31,28 @@ PANELS = (
     Panel("recovery", "recovery"),
     Panel("evaluated_nll", "evaluated NLL, nats"),
     Panel("lr", "learning rate"),
-    Panel("tokens_per_s", "target tokens/s"),
-    Panel("peak_memory_bytes", "peak memory, GiB", GIB),
+    Panel("tokens_per_s", "target tokens/s", is_amount=True),
+    Panel("peak_memory_bytes", "peak memory, GiB", GIB, is_amount=True),
     Panel("grad_norm", "gradient norm"),
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """Lines of metrics.jsonl and the final figures, None of a run that has not finished."""
+    """Lines of metrics.jsonl and the final figures, None of a run that has not finished; state: how it ended."""
 
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None = None
+    state: str = "not finished"
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        summary = folder / "summary.json"
-        return cls(
-            read_metrics(folder),
-            json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+        summary, report = (
+            json.loads(path.read_text(encoding="utf-8")) if (path := folder / name).is_file() else None
+            for name in ("summary.json", "report.json")
         )
+        state = "complete" if summary else (report or {}).get("state", cls.state)
+        return cls(read_metrics(folder), summary, state)
 
     def points(self, panel: Panel) -> Points:
         if panel.key == "recovery":
@@ -82,15 +85,16 @@ def runs_table(runs: dict[str, Run]) -> list[str]:
         rows.append(
             [
                 name,
-                "finished" if run.summary else "not finished",
+                run.state,
                 str(last),
                 f"{losses[-1]:.4f}" if losses else "",
                 number(summary.get("recovery")) if summary.get("recovery") is not None else "",
                 f"{statistics.median(rates):,.0f}" if rates else "",
-                f"{peak / GIB:.2f} GiB",
+                f"{peak / GIB:.2f}",
             ]
         )
-    return [table(["run", "state", "steps", "last loss", "recovery", "tokens/s", "peak memory"], rows)]
+    heads = ["run", "state", "steps", "last loss", "recovery", "tokens/s", "peak, GiB"]
+    return [table(heads, rows, extra=("steps", "last loss", "tokens/s"))]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -107,7 +111,7 @@ def curves(runs: dict[str, Run]) -> list[str]:
     for panel, found in shown.items():
         if not found or (panel.key == "evaluated_nll" and any(p.key == "recovery" and f for p, f in shown.items())):
             continue
-        plots.append(curve(found, list(runs), panel.label))
+        plots.append(curve(found, list(runs), panel.label, is_amount=panel.is_amount))
     if not plots:
         return []
     names = [legend(list(runs))] if len(runs) > 1 else []

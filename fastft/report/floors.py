@@ -64,6 +64,12 @@ def _product(inputs: Inputs, a: int, b: int) -> Count:
     return 2.0 * out * k, inputs.nbytes(a, b) + out * inputs.itemsize(a)
 
 
+def _product_into(inputs: Inputs) -> Count:
+    """y [M, N] += [M, K] @ [K, N]: what `_product` counts, and y once more, which is read too."""
+    operations, nbytes = _product(inputs, 1, 2)
+    return operations, nbytes + inputs.nbytes(0)
+
+
 def _lora_down(inputs: Inputs) -> Count:
     """x [T, K], a [r, K] -> u [T, r]."""
     return 2.0 * inputs.numel(0) * inputs.shapes[1][0], inputs.nbytes(0, 1, 3)
@@ -78,6 +84,12 @@ def _lora_outer(inputs: Inputs) -> Count:
     """u [T, r], y [T, N] -> [r, N] or [N, r]."""
     rank, width = inputs.shapes[0][1], inputs.shapes[1][1]
     return 2.0 * inputs.numel(1) * rank, inputs.nbytes(0, 1) + rank * width * inputs.itemsize(1)
+
+
+def _lora_down_outer(inputs: Inputs) -> Count:
+    """y [T, N], a [r, N], u [T, r] -> du [T, r], [N, r]."""
+    rank, width = inputs.shapes[1]
+    return 4.0 * inputs.numel(0) * rank, inputs.nbytes(0, 1, 3, 4) + rank * width * inputs.itemsize(0)
 
 
 def _head(products: int, weight: int, gradients: tuple[int, int]) -> Callable[[Inputs], Count]:
@@ -208,10 +220,12 @@ def _bias_adamw(inputs: Inputs) -> Count:
 COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "aten::mm": lambda inputs: _product(inputs, 0, 1),
     "aten::addmm": lambda inputs: _product(inputs, 1, 2),
+    "aten::addmm_": _product_into,
     "aten::bmm": lambda inputs: _product(inputs, 0, 1),
     "fastft::lora_down": _lora_down,
     "fastft::lora_up": _lora_up,
     "fastft::lora_outer": _lora_outer,
+    "fastft::lora_down_outer": _lora_down_outer,
     "fastft::linear_log_softmax_kl": _head(2, weight=2, gradients=(10, 11)),
     "fastft::linear_topk_kl": _head(1, weight=1, gradients=(11, 12)),
     "fastft::linear_cross_entropy": _head(1, weight=1, gradients=(7, 8)),

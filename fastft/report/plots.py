@@ -15,23 +15,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fastft.report import page
+from fastft.report.advice import three_digits
 from fastft.report.figures import COLORS, INK, MARKERS, STYLE, inline, rendered
 
 GIB, MIB = 2**30, 2**20
-WIDE, SMALL = (4.4, 2.1), (3.4, 2.0)  # inches
-SMALLEST = 0.8  # of its size, to which a plot shrinks on a narrow screen: with this a telephone has room for WIDE
+WIDE, SMALL = (3.7, 2.0), (3.4, 1.9)  # inches: a telephone has room for it
+SMALLEST = 0.9  # of its size, to which a plot shrinks on a narrow screen
 SCREEN = {
     **STYLE,
     "svg.fonttype": "none",  # text stays text: smaller, and it can be searched
     "font.family": "sans-serif",
     "font.sans-serif": ["system-ui", "DejaVu Sans"],
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
 }
 BLUE, GREY, GREEN = "#2a6fdb", "#8a8f98", "#1f9d67"
 GLYPHS = dict(zip(MARKERS, "●■▲◆▼✚✖", strict=True))
+DOTTED = (0, (1.5, 2.5))
 GAP_SECONDS = 1.0  # without a sample of memory
 
 
@@ -72,18 +74,23 @@ def nll(points: list[tuple[float, float]], levels: list[Level], *, is_measured_b
 
     def draw(ax: Axes) -> None:
         for level in levels:
-            ax.axhline(level.y, color=level.color, linewidth=1.2, linestyle=(0, (1.5, 2.5)))
+            ax.axhline(level.y, color=level.color, linewidth=1.2, linestyle=DOTTED)
         dashes = "-" if is_measured_between else (0, (5, 3))
         ax.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=3.5, linestyle=dashes, gid="trained")
         low, high = ax.get_ylim()
         names = [(level.y, f"{level.name} {level.y:.2f}") for level in levels]
         names.append((points[-1][1], f"trained {points[-1][1]:.2f}"))
         for y, name in apart(names, gap=0.08 * (high - low)):
-            ax.annotate(name, (1, y), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8)
+            _name_level(ax, y, name)
         ax.set(ylim=(low, high), xlabel="optimizer steps", ylabel="NLL, nats per token")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
     return drawn(WIDE, draw)
+
+
+def _name_level(ax: Axes, y: float, name: str) -> None:
+    """Write at the right, outside of the panel, what stands at this height."""
+    ax.annotate(name, (1, y), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=7.5)
 
 
 def apart(names: list[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
@@ -94,10 +101,16 @@ def apart(names: list[tuple[float, str]], gap: float) -> list[tuple[float, str]]
     return placed
 
 
-def roofline(points: list[tuple[str, float, float]], device: dict[str, Any]) -> str:
+def operator_looks(names: list[str]) -> dict[str, tuple[str, str]]:
+    """operator -> its colour and marker under the roof."""
+    return {
+        name: (COLORS[1:][i % (len(COLORS) - 1)], MARKERS[i % len(MARKERS)])
+        for i, name in enumerate(dict.fromkeys(names))
+    }
+
+
+def roofline(points: list[tuple[str, float, float]], device: dict[str, Any], looks: dict[str, tuple[str, str]]) -> str:
     """Calls as (operator, operations per byte, operations/s) under the roof of a device."""
-    names = list(dict.fromkeys(name for name, *_ in points))
-    looks = [(COLORS[1:][i % (len(COLORS) - 1)], MARKERS[i % len(MARKERS)]) for i in range(len(names))]
 
     def draw(ax: Axes) -> None:
         intensities = [x for _, x, _ in points]
@@ -105,22 +118,26 @@ def roofline(points: list[tuple[str, float, float]], device: dict[str, Any]) -> 
         ends = min(*intensities, knee) / 2, max(*intensities, knee) * 2
         roof = [min(device["flops"], x * device["bandwidth"]) for x in (ends[0], knee, ends[1])]
         ax.plot((ends[0], knee, ends[1]), roof, color=INK, linewidth=1)
-        for name, (color, marker) in zip(names, looks, strict=True):
-            own = [(x, y) for other, x, y in points if other == name]
-            ax.plot(*zip(*own, strict=True), linestyle="none", markersize=5, color=color, marker=marker)
+        for name, x, y in points:
+            color, marker = looks[name]
+            ax.plot(x, y, linestyle="none", markersize=5, color=color, marker=marker)
         lowest = min(*(y for *_, y in points), device["flops"] / 100)
         ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations/s")
         ax.set_ylim(lowest / 1.5, device["flops"] * 3)
-        said = f"{device['flops'] / 1e12:,.3g} TFLOP/s, {device['bandwidth'] / 1e9:,.3g} GB/s"
+        said = f"{three_digits(device['flops'] / 1e12)} TFLOP/s, {three_digits(device['bandwidth'] / 1e9)} GB/s"
         ax.annotate(said, (ends[1], device["flops"]), (0, 3), textcoords="offset points", ha="right", fontsize=8)
 
     caption = "Calls under the roof of the device: left of the knee bytes bound them, right of it operations."
-    below = [(color, name) for name, (color, _) in zip(names, looks, strict=True)]
-    return plot((4.4, 2.5), caption, draw) + page.legend(below, [GLYPHS[marker] for _, marker in looks])
+    return plot((3.7, 2.8), caption, draw)
 
 
-def memory_over_time(samples: list[tuple[float, int]], spans: list[tuple[str, float, float]], what: str) -> str:
-    """The whole run, with its phases as a strip of colours above it; where nothing was sampled, nothing is drawn."""
+def memory_over_time(
+    samples: list[tuple[float, int]], spans: list[tuple[str, float, float]], what: str, planned: int | None = None
+) -> str:
+    """The whole run, with its phases as a strip of colours above it; where nothing was sampled, nothing is drawn.
+
+    planned: the planner's peak, a dotted line.
+    """
     names = dict.fromkeys(name for name, *_ in spans)
     colors = {name: page.COLORS[i % len(page.COLORS)] for i, name in enumerate(names)}
 
@@ -128,14 +145,17 @@ def memory_over_time(samples: list[tuple[float, int]], spans: list[tuple[str, fl
         x, y = zip(*((t, n / GIB) for t, n in _with_gaps(samples)), strict=True)
         ax.fill_between(x, y, color=BLUE, alpha=0.25, linewidth=0)
         ax.plot(x, y, color=BLUE, linewidth=1)
-        highest = max(n for _, n in samples) / GIB
+        highest = max(*(n for _, n in samples), planned or 0) / GIB
+        if planned:
+            ax.axhline(planned / GIB, color=INK, linewidth=1, linestyle=DOTTED)
+            _name_level(ax, planned / GIB, "planned")
         ax.set(xlim=(0, x[-1]), ylim=(0, 1.15 * highest), xlabel="seconds", ylabel="GiB")
         for name, begin, end in spans:
             ax.axvspan(begin, end, 0.94, 1, color=colors[name], linewidth=0)
             ax.axvspan(begin, end, 0, 0.94, color=colors[name], alpha=0.07, linewidth=0)
 
-    figure = plot(WIDE, f"Memory {what}, over the run and its phases.", draw)
-    return figure + page.legend([(color, name) for name, color in colors.items()])
+    figure = plot(WIDE, f"Memory {what}, over the run and its phases.", draw, captioned=False)
+    return figure + page.legend([(color, name.replace("_", " ")) for name, color in colors.items()])
 
 
 def _with_gaps(samples: list[tuple[float, int]]) -> list[tuple[float, float]]:
@@ -159,11 +179,15 @@ def memory_in_steps(timeline: list[tuple[float, int]]) -> str:
         ax.set(xlim=(0, x[-1]), xlabel="seconds since the first recorded step", ylabel="MiB")
         ax.xaxis.set_major_locator(MaxNLocator(6))
 
-    return plot(WIDE, "What the recorded steps hold, more than there was before the first of them.", draw)
+    caption = "What the recorded steps hold, more than there was before the first of them."
+    return plot(WIDE, caption, draw, captioned=False)
 
 
-def curve(runs: dict[str, list[tuple[float, float]]], order: list[str], y_label: str) -> str:
-    """A figure of training over the optimizer steps, a line for each run; order: of all runs, for their colours."""
+def curve(runs: dict[str, list[tuple[float, float]]], order: list[str], y_label: str, *, is_amount: bool) -> str:
+    """A figure of training over the optimizer steps, a line for each run.
+
+    order: of all runs, for their colours. is_amount: its axis begins at 0.
+    """
 
     def draw(ax: Axes) -> None:
         for name, points in runs.items():
@@ -177,6 +201,9 @@ def curve(runs: dict[str, list[tuple[float, float]]], order: list[str], y_label:
             )
         ax.set(xlabel="optimizer steps", ylabel=y_label)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_formatter("{x:g}")
+        if is_amount:
+            ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
 
     return plot(SMALL, f"{y_label} over the optimizer steps", draw, captioned=False)
 

@@ -19,6 +19,7 @@ def before_after_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str
     metrics = {"accuracy": "accuracy"} if labels else {"F1": "f1", "exact match": "exact_match"}
     if "rougeL_student" in summary:
         metrics = {"ROUGE-L": "rougeL"}
+    metrics = {head: metric for head, metric in metrics.items() if summary.get(f"{metric}_student") is not None}
     heads = ["model", "NLL of the label" if labels else "NLL per token", "recovery", *metrics]
     if summary["nll_no_context"] is None:
         return heads, []

@@ -125,6 +125,8 @@ STRUCTURES = {
         M K r x_stride u_stride: i64 scaling: f64 dtype: i32"""),
     "lora_up": structure("""y u b: ptr b_stride_0 b_stride_1: i64 packed_b: ptr
         M N r y_stride u_stride: i64 dtype: i32"""),
+    "lora_down_outer": structure("""y a: ptr a_stride_0 a_stride_1: i64 du u g scratch: ptr
+        M N r y_stride du_stride u_stride: i64 scaling: f64 dtype: i32"""),
     "lora_outer": structure("""u y g: ptr g_stride_0 g_stride_1: i64 packed_u sums scratch: ptr
         M N r y_stride u_stride: i64 dtype: i32"""),
     "bias_adamw": structure("""params grads tensors device_tensors device_chunk_tensor groups: ptr

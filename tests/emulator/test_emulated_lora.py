@@ -79,3 +79,22 @@ def test_outer(emulator, shape, dtype, offset):
                     scratch=scratch(N, M, r, dtype), y_stride=y.stride(0), u_stride=u.stride(0),
                     dtype=DTYPES[dtype])  # fmt: skip
     close(g, u.double().t() @ y.double(), dtype)
+
+
+# Columns and rows of one split and of several, the last of them with one tile, of one step or less.
+PAIRS = [(1, 1, 1), (5, 0, 3), (0, 5, 3), (67, 130, 17), (130, 520, 16), (300, 1100, 5), (260, 64, 16), (514, 577, 9)]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "offset"), list(itertools.product(PAIRS, FLOATS, [0, 3])), ids=str)
+def test_down_outer(emulator, shape, dtype, offset):
+    M, N, r = shape
+    emulator.order(M % 4)
+    y, u, du = matrix(M, N, dtype, offset), matrix(M, r, dtype, offset), matrix(M, r, dtype, 0)
+    a, stored = small(r, N, dtype, offset)
+    g = torch.empty(N, r, dtype=dtype)
+    floats = _extension.load().lora_pair_splits(M, N, r, dtype.itemsize == 2)[-1]
+    emulator.launch("lora_down_outer", y=Read(y), a=Read(stored), **strides("a", a), du=Write(du), u=Read(u),
+                    g=Write(g), scratch=Write(torch.empty(max(1, floats))), M=M, N=N, r=r, y_stride=y.stride(0),
+                    du_stride=du.stride(0), u_stride=u.stride(0), scaling=0.5, dtype=DTYPES[dtype])  # fmt: skip
+    close(du, 0.5 * y.double() @ a.double().t(), dtype)
+    close(g, y.double().t() @ u.double(), dtype)

@@ -17,7 +17,16 @@ from fastft.models import loading, quantized_loading
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.checkpoint import Checkpoint
-from fastft.models.quantized import KINDS, Packing, QuantizedLinear, parameter_count, quantize
+from fastft.models.lockstep import Lockstep
+from fastft.models.quantized import (
+    KINDS,
+    Packing,
+    QuantizedLinear,
+    QuantizedWeight,
+    parameter_count,
+    quantised_weights,
+    quantize,
+)
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -110,6 +119,31 @@ def test_a_quantised_model_computes_with_its_dequantised_weights(tiny, tmp_path,
                 p.grad.double(), reference[name].grad, rtol=1e-3, atol=1e-4 * float(scale) + 1e-6
             )
     assert parameter_count(model) == sum(p.numel() for p in truth.parameters())
+
+
+@pytest.mark.parametrize("kind", ["lora", "bitfit"])
+def test_teacher_and_student_in_one_pass_share_what_is_dequantised(tiny, tmp_path, monkeypatch, kind):
+    """Each weight once for contexts, teacher and student, and once more in backward; nothing of it is kept."""
+    model = load(tiny("llama"), tmp_path)
+    trained = peft.inject(model, PeftConfig(kind=kind, r=4, add_biases=True))
+    lm = PackedCausalLM(model)
+    ids, query = torch.arange(5, 30)[None], PackedSequences([25])
+    with torch.no_grad(), peft.adapter_off():
+        teacher = lm(ids, query)
+    student = lm(ids, query)
+
+    weights = quantised_weights(model)
+    assert len(weights) == 2 * 7  # layers, linears of each
+    dequantised = []
+    parts = QuantizedWeight._unpacked
+    monkeypatch.setattr(QuantizedWeight, "_unpacked", lambda w: dequantised.append(w) or parts(w))
+    frozen, own = Lockstep(lm).run(lm, [(ids, query), (ids, query)], (ids, query), lambda t, s, head: (t, s))
+    assert sorted(map(weights.index, dequantised)) == list(range(len(weights)))
+    assert all(w._whole is None for w in weights)
+    torch.testing.assert_close((frozen, own), (teacher, student))
+    own.sum().backward()
+    assert len(dequantised) > len(weights) and all(w._whole is None for w in weights)
+    assert all(p.grad is not None for p in trained.values())
 
 
 def test_work_that_was_stopped_goes_on_and_a_second_start_makes_nothing(tiny, tmp_path, monkeypatch):

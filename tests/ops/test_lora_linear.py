@@ -1,14 +1,14 @@
-"""lora_linear: the five tests of every op, the three kernels beneath it, and layers that share an input."""
+"""lora_linear: the five tests of every op, the kernels beneath it, and layers that share an input."""
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
 from fastft.ops import _extension, lora_linear, lora_linears, reference
+from fastft.ops.lora_linear import FORMS
 from tests.ops.op_checks import CUDA_DTYPES, DTYPES, assert_as_accurate, run, supported, to_float64
 from tests.ops.randomised import assert_strides_do_not_matter, given, settings, st
 
-FORMS = ["kernels", "products"]
 LEAVES = ("x", "lora_A", "lora_B", "bias")
 
 
@@ -183,6 +183,25 @@ def test_splits_of_the_cuda_kernels_fill_an_h200_and_stay_long():
                 assert floats == splits * blocks * 128 * (16 if r <= 16 else 64)
 
 
+def test_splits_of_the_paired_kernel_cover_y_once():
+    plan_of = _extension.load().lora_pair_splits
+    for M in (1, 128, 300, 2048, 8192):
+        for N in (1, 512, 576, 7168, 28672):
+            fused, columns, column_splits, rows, row_splits, floats = plan_of(M, N, 16, True)
+            assert fused and columns == 512 and rows % 128 == 0 and rows >= 256
+            assert (column_splits - 1) * columns < N <= column_splits * columns
+            assert (row_splits - 1) * rows < M <= row_splits * rows
+            assert column_splits * row_splits >= 132 or rows == 256
+            tiles = [-(-n // 128) for n in (M, N)]
+            assert floats == 128 * 16 * (column_splits * tiles[0] + row_splits * tiles[1])
+    # One after the other, in the scratch of the one that needs more.
+    splits_of = _extension.load().lora_splits
+    for r, two_bytes in ((17, True), (16, False)):
+        fused, *_, floats = plan_of(2048, 576, r, two_bytes)
+        size = 2 if two_bytes else 4
+        assert not fused and floats == max(splits_of(2048, 576, r, size)[3], splits_of(576, 2048, r, size)[3])
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), form=st.sampled_from(FORMS), layers=st.integers(1, 2))
 def test_any_strides(data, form, layers):
@@ -244,12 +263,13 @@ def strided(rows, columns, gap, dtype, device, by_column=False):
 
 
 def side_products(x, a, u, y, b):
-    """All three products: (lora_down, lora_up, lora_outer, its transpose)."""
+    """All products: (lora_down, lora_up, lora_outer, its transpose, both of lora_down_outer)."""
     ops = torch.ops.fastft
-    down, up = torch.full_like(u, torch.nan), y.clone()
+    down, du, up = torch.full_like(u, torch.nan), torch.full_like(u, torch.nan), y.clone()
     ops.lora_down(x, a, 0.5, down)
     ops.lora_up(up, u, b)
-    return down, up, ops.lora_outer(u, y, False), ops.lora_outer(u, y, True)
+    pair = ops.lora_down_outer(y, b.t(), 0.5, du, u)
+    return down, up, ops.lora_outer(u, y, False), ops.lora_outer(u, y, True), du, pair
 
 
 @pytest.mark.parametrize("r", RANKS)
@@ -263,13 +283,20 @@ def test_side_products_against_float64(device, dtype, r):
             ours, again = side_products(x, a, u, y, b), side_products(x, a, u, y, b)
             assert all(torch.equal(one, two) for one, two in zip(ours, again, strict=True))
             outer = torch.mm(u.t(), y)
-            plain = 0.5 * torch.mm(x, a.t()), torch.addmm(y, u, b.t()), outer, outer.t()
+            plain = (
+                0.5 * torch.mm(x, a.t()),
+                torch.addmm(y, u, b.t()),
+                outer,
+                outer.t(),
+                0.5 * torch.mm(y, b),
+                outer.t(),
+            )
             x, a, u, y, b = (t.double() for t in (x, a, u, y, b))
             outer = u.t() @ y
-            truth = 0.5 * (x @ a.t()), y + u @ b.t(), outer, outer.t()
-            names = ("lora_down", "lora_up", "lora_outer", "lora_outer transposed")
+            truth = 0.5 * (x @ a.t()), y + u @ b.t(), outer, outer.t(), 0.5 * y @ b, outer.t()
+            names = ("lora_down", "lora_up", "lora_outer", "lora_outer transposed", "du", "lora_outer of the pair")
             for name, *three in zip(names, ours, plain, truth, strict=True):
-                assert_as_accurate(*three, f"{name} {M}x{K}x{N} gap {gap}", dtype, terms=8.0 * (K + M) ** 0.5)
+                assert_as_accurate(*three, f"{name} {M}x{K}x{N} gap {gap}", dtype, terms=8.0 * (K + M + N) ** 0.5)
 
 
 def test_side_products_write_only_their_own_elements(device):
@@ -281,6 +308,8 @@ def test_side_products_write_only_their_own_elements(device):
             torch.ops.fastft.lora_down(x, a, 1.0, u)
             torch.ops.fastft.lora_up(y, u, b)
             assert (u == N).all() and (y == 7 + r * N).all()
+            torch.ops.fastft.lora_down_outer(x, a, 2.0, u, torch.ones_like(u))
+            assert (u == 2 * N).all()
             for buffer, n in zip(buffers, (r, N), strict=True):
                 assert (buffer[:, n:] == 7).all() and (buffer[M:] == 7).all()
 
@@ -288,10 +317,10 @@ def test_side_products_write_only_their_own_elements(device):
 def test_side_products_of_nothing(device):
     for M, K, N, r in ((0, 8, 8, 4), (8, 0, 8, 4), (8, 8, 0, 4), (0, 0, 0, 1)):
         x, a, u, y, b = (torch.ones(s, device=device) for s in ((M, K), (r, K), (M, r), (M, N), (N, r)))
-        down, up, outer, transposed = side_products(x, a, u, y, b)
-        assert (down == 0.5 * K).all() and (up == 1 + r).all()
-        assert (outer == M).all() and (transposed == M).all()
-        assert outer.shape == (r, N) and transposed.shape == (N, r)
+        down, up, outer, transposed, du, pair = side_products(x, a, u, y, b)
+        assert (down == 0.5 * K).all() and (up == 1 + r).all() and (du == 0.5 * N).all()
+        assert (outer == M).all() and (transposed == M).all() and (pair == M).all()
+        assert outer.shape == (r, N) and transposed.shape == pair.shape == (N, r)
 
 
 def test_cuda_stream_graph_and_second_device(device):
@@ -334,6 +363,7 @@ def test_float64_side_products_on_cuda_are_refused(device):
         lambda: ops.lora_down(x, a, 1.0, u),
         lambda: ops.lora_up(y, u, b),
         lambda: ops.lora_outer(u, y, True),
+        lambda: ops.lora_down_outer(y, b.t(), 1.0, u, u.clone()),
     ):
         with pytest.raises(RuntimeError, match="float64 is a CPU dtype"):
             call()
@@ -354,7 +384,7 @@ def test_float64_side_products_on_cuda_are_refused(device):
         ({"lora_B": torch.zeros(4, 2, device="meta")}, "lora_B is on meta, expected cpu"),
         ({"bias": torch.zeros(5)}, r"bias is \[5\], expected \[4\]"),
         ({"bias": "none"}, "bias is str, expected a tensor"),
-        ({"form": "fast"}, "form is 'fast', expected 'kernels', 'products' or None"),
+        ({"form": "fast"}, "form is 'fast', expected one of kernels, products, epilogue, or None"),
     ],
 )
 def test_errors_name_the_argument(change, message):

@@ -50,7 +50,7 @@ CONTRASTS = """() => {
   const ground = rgba(getComputedStyle(probe).backgroundColor); probe.remove();
   const opacity = e => e ? +getComputedStyle(e).opacity * opacity(e.parentElement) : 1;
   const found = [];
-  for (const e of document.querySelectorAll("h1,h2,h3,p,td,th,li,summary,figcaption,text")) {
+  for (const e of document.querySelectorAll("h1,h2,h3,p,a,dt,dd,td,th,li,summary,figcaption,text")) {
     if (!e.textContent.trim()) continue;
     const style = getComputedStyle(e), color = rgba(e.tagName == "text" ? style.fill : style.color), a = opacity(e);
     const shown = [0, 1, 2].map(i => a * color[i] + (1 - a) * ground[i]);
@@ -88,7 +88,7 @@ def look_at(browser, path: Path, *, width: int, scheme: str) -> int:
 
 
 def test_reports_in_a_browser(browser, base_config, launch, monkeypatch, tmp_path):
-    """Of a run that is profiled and evaluated between its steps, of one that fails, and of both side by side."""
+    """Of a run that is profiled and evaluated between its steps, of its rank, of one that fails, and of both runs."""
     raw = base_config(train={"steps": 6, "eval_every": 2, "batch_size": 8}, data={"control_documents": 0})
     raw["evaluate"]["answers"] = False
     raw |= {"profile": {"steps": 2, "wait": 1}, "output_dir": str(tmp_path / "complete")}
@@ -98,6 +98,7 @@ def test_reports_in_a_browser(browser, base_config, launch, monkeypatch, tmp_pat
     with pytest.raises(ZeroDivisionError):
         launch(raw | {"output_dir": str(tmp_path / "failed")})
     assert main(["report", str(tmp_path / "complete"), str(tmp_path / "failed"), "--out", str(tmp_path / "both")]) == 0
-    for name, fewest in (("complete", 8), ("failed", 5), ("both", 5)):
+    pages = {"complete/report": 8, "complete/profile/rank_0": 2, "failed/report": 5, "both/report": 5}
+    for name, fewest in pages.items():
         for width, scheme in ((NARROW, "dark"), (WIDE, "light")):
-            assert look_at(browser, tmp_path / name / "report.html", width=width, scheme=scheme) >= fewest
+            assert look_at(browser, tmp_path / f"{name}.html", width=width, scheme=scheme) >= fewest

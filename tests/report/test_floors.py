@@ -59,6 +59,7 @@ def random(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 def products() -> None:
     random(3, 5) @ random(5, 7)
     torch.addmm(random(7), random(3, 5), random(5, 7))
+    random(3, 7).addmm_(random(3, 5), random(5, 7))
     random(2, 3, 5) @ random(2, 5, 7)
     x, a, b = (nn.Parameter(random(*shape)) for shape in ((9, 7), (4, 7), (7, 4)))
     ops.lora_linear(x, random(7, 7), a, b, 2.0).sum().backward()
@@ -69,6 +70,7 @@ def products() -> None:
     [
         ("aten::bmm", 2 * 2 * 3 * 5 * 7, 2 * (15 + 35 + 21)),
         ("aten::addmm", 2 * 3 * 5 * 7, 15 + 35 + 21),
+        ("aten::addmm_", 2 * 3 * 5 * 7, 15 + 35 + 2 * 21),
         ("fastft::lora_up", 2 * 9 * 7 * 4, 2 * 63 + 36 + 28),
     ],
 )

@@ -10,6 +10,10 @@
 //
 // A block has kLoraTile of i, 16 or 64 of j, and a range of d, a split, of which it leaves the float sums in
 // scratch; a second kernel adds the splits in their order.
+//
+// lora_down_outer is both for one y, each with a plan of its own: the columns of y are the d of the one and
+// the i of the other, the rows the other way round. A block has one split of either, so its part of y is read
+// once.
 #pragma once
 
 #include <cstdint>
@@ -56,9 +60,9 @@ struct LoraPlan {
     FASTFT_HD int scratch_stride() const { return ranks_first ? ranks : kLoraTile; }
 };
 
-// With shorter splits the sums that each writes and the second kernel reads, 8 bytes for each (i, j), would
-// be more than a quarter of what it reads of the large operand.
-inline LoraPlan lora_plan(int64_t length, int64_t depth, int64_t r, bool ranks_first, int element_bytes) {
+// Splits of at least split_depth and as long as `blocks` blocks in all allow, in multiples of unit.
+inline LoraPlan lora_plan(int64_t length, int64_t depth, int64_t r, bool ranks_first, int64_t blocks,
+                          int64_t split_depth, int64_t unit) {
     LoraPlan plan{};
     plan.length = length;
     plan.depth = depth;
@@ -67,12 +71,18 @@ inline LoraPlan lora_plan(int64_t length, int64_t depth, int64_t r, bool ranks_f
     plan.ranks_first = ranks_first;
     plan.tiles = ceil_div(length, kLoraTile);
     plan.groups = ceil_div(r, plan.ranks);
-    const int64_t wanted = plan.blocks() > 0 ? ceil_div(kLoraBlocks, plan.blocks()) : 1;
-    const int64_t least = 16 * plan.ranks, even = ceil_div(depth, wanted),
-                  unit = lora_tile_depth(element_bytes);
-    plan.split_depth = ceil_div(even > least ? even : least, unit) * unit;
+    const int64_t even = blocks > 0 ? ceil_div(depth, blocks) : depth;
+    plan.split_depth = ceil_div(even > split_depth ? even : split_depth, unit) * unit;
     plan.splits = depth > 0 ? ceil_div(depth, plan.split_depth) : 1;
     return plan;
+}
+
+// With shorter splits the sums that each writes and the second kernel reads, 8 bytes for each (i, j), would
+// be more than a quarter of what it reads of the large operand.
+inline LoraPlan lora_plan(int64_t length, int64_t depth, int64_t r, bool ranks_first, int element_bytes) {
+    const int64_t ranks = r <= 16 ? 16 : 64, blocks = ceil_div(length, kLoraTile) * ceil_div(r, ranks);
+    return lora_plan(length, depth, r, ranks_first, blocks > 0 ? ceil_div(kLoraBlocks, blocks) : 1,
+                     16 * ranks, lora_tile_depth(element_bytes));
 }
 
 inline LoraPlan lora_plan(const LoraDownArgs& args) {
@@ -80,6 +90,33 @@ inline LoraPlan lora_plan(const LoraDownArgs& args) {
 }
 inline LoraPlan lora_plan(const LoraOuterArgs& args) {
     return lora_plan(args.N, args.M, args.r, args.g.stride_0 == 1, args.dtype == DType::Float32 ? 4 : 2);
+}
+
+// The columns of y that a block of lora_down_outer has: its warps keep the sums for all of them in registers.
+constexpr int kLoraPairColumns = 512;
+// The least rows; the sums for fewer would be more than a quarter of what is read of y.
+constexpr int kLoraPairRows = 256;
+
+struct LoraPairPlan {
+    bool fused;  // one kernel for both; else one after the other, in the same scratch
+    LoraPlan down, outer;
+
+    int64_t scratch_size() const {
+        const int64_t one = down.scratch_size(), other = outer.scratch_size();
+        return fused ? one + other : (one > other ? one : other);
+    }
+};
+
+inline LoraPairPlan lora_down_outer_plan(const LoraDownOuterArgs& args) {
+    const bool two_bytes = args.dtype == DType::BFloat16 || args.dtype == DType::Float16;
+    if (!two_bytes || args.r > 16 || args.M * args.N * args.r == 0) {
+        return {false, lora_plan(down_part(args)), lora_plan(outer_part(args))};
+    }
+    LoraPairPlan plan{true, {}, {}};
+    plan.down = lora_plan(args.M, args.N, args.r, true, args.N, kLoraPairColumns, kLoraPairColumns);
+    plan.outer = lora_plan(args.N, args.M, args.r, true, ceil_div(kLoraBlocks, plan.down.splits),
+                           kLoraPairRows, kLoraTile);
+    return plan;
 }
 
 // Where element `index` of one split's sums belongs: out[i, j], which may lie beyond its ends.
