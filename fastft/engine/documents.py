@@ -23,7 +23,7 @@ from fastft.data.store import TeacherStore, store_key
 from fastft.distributed import Ranks
 from fastft.engine.base import Base, Prepared, prefix_key
 from fastft.engine.objective import Objective, distillation
-from fastft.engine.output import write_json
+from fastft.engine.output import draw_report, write_json
 from fastft.engine.progress import Reporter
 from fastft.errors import DataError
 from fastft.files import write_text
@@ -214,7 +214,7 @@ class Documents:
         rows = list(prediction_rows({name: scores.get("evaluated", []) for name, scores in found.items()}, summary))
         if rows:
             write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write_report(folder, self.config, summary)
+        draw_report(write_report, folder, self.config, summary, out)
 
 
 def prediction_rows(found: dict[str, list[Scores]], summary: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine.base import Base, Prepared
+from fastft.engine.output import draw_report
 from fastft.engine.progress import Reporter
 from fastft.files import write_text
 from fastft.methods import icl
@@ -212,7 +213,7 @@ class FewShot(ABC):
         out.show(sets_table(summary))
         rows = (row for answered in found["student"].values() for row in self.prediction_rows(answered))
         write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write_sets_report(folder, self.config, summary)
+        draw_report(write_sets_report, folder, self.config, summary, out)
 
     def prediction_rows(self, answered: Answered) -> list[dict[str, Any]]:
         """The lines of predictions.jsonl: examples in the order in which they were asked."""

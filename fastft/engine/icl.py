@@ -81,7 +81,8 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
             begin_results(config, output_dir, None)
             few_shot.report(output_dir, summary, {"student": answers}, out)
             write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
-            out.line(f"report     {output_dir / 'report.html'}")
+            if (output_dir / "report.html").is_file():
+                out.line(f"report     {output_dir / 'report.html'}")
             out.line(f"summary    {output_dir / 'summary.json'}  ({seconds['total']:.0f} s in all)")
         else:
             out.show(sets_table(summary))

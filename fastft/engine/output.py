@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine.checkpoints import Checkpoint, newest_intact, tidy
 from fastft.engine.progress import Reporter
-from fastft.errors import ConfigError, FastftError
+from fastft.errors import ConfigError, FastftError, Interrupted
 from fastft.files import sync, write_text
 
 if TYPE_CHECKING:
@@ -149,6 +150,22 @@ class Metrics:
         """Bring the lines to the disk, before a checkpoint that goes on behind them."""
         if self.path:
             sync(self.path)
+
+
+def draw_report(
+    write: Callable[[Path, Config, dict[str, Any]], Path],
+    folder: Path,
+    config: Config,
+    summary: dict[str, Any],
+    out: Reporter,
+) -> None:
+    """Write report.html; a page that cannot be drawn costs itself, not the run's results."""
+    try:
+        write(folder, config, summary)
+    except Interrupted:
+        raise
+    except Exception as error:
+        out.line(f"report     cannot be drawn: {type(error).__name__}: {error}")
 
 
 def write_json(path: Path, value: Any) -> None:

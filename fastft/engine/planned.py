@@ -31,10 +31,10 @@ def compare_with_plan(
     Seconds are planned where the device is in the planner's table, or is the CPU. A model that the planner cannot trace
     costs the comparison, not the run's results: the reason is returned under "error".
     """
-    from fastft import plan  # not before it is needed: it imports what would show in the peak of a CPU
-
     measured, step = summary["peak_memory_bytes"], summary["step_time_s"]
     try:
+        from fastft import plan  # not before it is needed: it imports what would show in the peak of a CPU
+
         workload = plan.counted(
             config, prepared.windows, prepared.sequences, [*prepared.evaluated, *prepared.control], base.text, "the run"
         )

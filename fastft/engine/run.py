@@ -174,7 +174,8 @@ def _run(
         write_json(output_dir / "summary.json", summary)  # the last file: a folder with it is a whole run
         if has_adapter:
             out.line(f"adapter    {output_dir / 'adapter'}")
-        out.line(f"report     {output_dir / 'report.html'}")
+        if (output_dir / "report.html").is_file():
+            out.line(f"report     {output_dir / 'report.html'}")
         out.line(f"summary    {output_dir / 'summary.json'}  ({clock.seconds['total']:.0f} s in all)")
     ranks.barrier()
     return summary

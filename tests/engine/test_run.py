@@ -414,3 +414,15 @@ def test_another_run_in_the_folder_is_not_touched(base_config, launch):
     result = launch(raw)
     assert result.returncode == 1 and "something other than a run" in result.stderr
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_results(base_config, launch, monkeypatch):
+    def write_report(*_):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("fastft.engine.documents.write_report", write_report)
+    raw = base_config(train={"steps": 1})
+    done = launch(raw)
+    ok(done)
+    assert "cannot be drawn: ValueError: no ink" in done.stdout and "report.html" not in done.stdout
+    assert summary_of(raw)["steps"] == 1
