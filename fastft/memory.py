@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
+MAPPED_BLOCK = 2 * 2**20  # smaller blocks come from glibc's heap, larger ones are mapped one by one (engine/launch.py)
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what Linux wants to read there: proc_pid_clear_refs(5)
 
