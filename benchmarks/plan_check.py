@@ -130,20 +130,22 @@ def run(config: Config, case: Case, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
 
 
-def check(case: Case, folder: Path, threads: int | None) -> dict[str, Any]:
-    """A row: bytes and seconds, planned and measured."""
+def check(case: Case, folder: Path, threads: int | None, measured: dict[str, Any] | None) -> dict[str, Any]:
+    """A row: bytes and seconds, planned and measured; measured: the row of a run that need not be repeated."""
     config = config_of(case, folder, threads)
     prepared, _ = planner(config, "cpu", gpus=case.processes)
-    plan, summary = prepared.plan(), run(config, case, folder)
+    plan = prepared.plan()
+    if measured is None:
+        summary = run(config, case, folder)
+        measured = {"measured_peak_bytes": summary["peak_memory_bytes"], "measured_step_s": summary["step_time_s"]}
     return {
         "case": case.name,
         "phase": plan.largest.name,
         "planned_peak_bytes": plan.total_bytes,
-        "measured_peak_bytes": summary["peak_memory_bytes"],
-        "ratio": plan.total_bytes / summary["peak_memory_bytes"],
-        "planned_in_the_run_bytes": summary["plan"]["planned_peak_bytes"],
+        "measured_peak_bytes": measured["measured_peak_bytes"],
+        "ratio": plan.total_bytes / measured["measured_peak_bytes"],
         "roofline_step_s": plan.step_time_s,
-        "measured_step_s": summary["step_time_s"],
+        "measured_step_s": measured["measured_step_s"],
         "parts": plan.largest.device,
     }
 
@@ -170,13 +172,15 @@ def main() -> int:
     p.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     p.add_argument("--only", default="", help="only cases whose name contains this")
     p.add_argument("--threads", type=int, help="threads of each process (default: as a run has)")
+    p.add_argument("--measured", type=Path, metavar="FILE", help="plan anew beside what these rows measured; no run")
     a = p.parse_args()
+    earlier = {r["case"]: r for r in json.loads(a.measured.read_text(encoding="utf-8"))} if a.measured else {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_documents(Path(folder) / "documents.jsonl")
         for case in CASES:
             if a.only in case.name:
-                rows.append(check(case, Path(folder), a.threads))
+                rows.append(check(case, Path(folder), a.threads, earlier[case.name] if a.measured else None))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     show(rows)
     if a.json:

@@ -85,6 +85,7 @@ class Memory:
         kind = "cpu" if self.device.is_cpu else "gpu"
         if self.device.is_cpu:
             device, host = device + host, Counter()
+            device["communication"] += self.ranks * SHARED_MEMORY if self.ranks > 1 else 0
         else:
             host["runtime"] = RUNTIME["cpu"]
             device["fragmentation"] = int(FRAGMENTATION * sum(device[part] for part in moving))
@@ -153,8 +154,6 @@ class Memory:
             held["gradients"] += share * b
         if d.zero_stage:
             device["communication"] += min(n, REDUCE_BUCKET) * b
-        if self.ranks > 1 and self.device.is_cpu:
-            device["communication"] += self.ranks * SHARED_MEMORY
         return device, host, 4 * share if has_master else 0
 
     def _train(self) -> Phase:
