@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from fastft import peft
 from fastft.config import PeftConfig
@@ -146,6 +146,19 @@ def test_sharded_safetensors_and_old_pytorch_files_give_the_same(tiny, tmp_path)
         found = load(tmp_path / name, tmp_path / "cache")
         for (n, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
             assert torch.equal(a, b), n
+
+
+def test_names_that_transformers_changes_are_found(tmp_path):
+    """GPT-NeoX's head is `embed_out` in its files, `lm_head` in the model."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    config = GPTNeoXConfig(num_attention_heads=4, **sizes)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    assert "embed_out.weight" in Checkpoint(tmp_path / "neox").names()
+    model = load(tmp_path / "neox", tmp_path)
+    ids = torch.arange(3, 12)[None]
+    expected = dequantised(tmp_path / "neox", model, torch.float32)(ids).logits
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_random_weights_are_those_of_the_seed(tiny, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,22 @@ def test_bitfit_of_opt(tiny):
     trained = bitfit.inject(model, add_biases=False)
     assert trained and all(n.endswith("bias") and "k_proj" not in n for n in trained)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trained)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_with_bitfit_is_its_own(tiny, copied):
+    model, base = (AutoModelForCausalLM.from_pretrained(tiny("opt")).eval() for _ in range(2))
+    for parameter in inject(model, PeftConfig(kind="bitfit")).values():
+        torch.nn.init.normal_(parameter)
+    ids = torch.arange(3, 9)[None]
+    trained = model(ids).logits
+    other = copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(other(ids).logits, trained)
+    with adapter_off():
+        torch.testing.assert_close(other(ids).logits, base(ids).logits)
 
 
 def test_bitfit_needs_biases(tiny):
