@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import string
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+DecayRate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's generators take
 
 # Keys that say where a run works and what it tells of itself, not what it computes.
 PLACES = (
@@ -141,6 +144,15 @@ Verbalizer = Annotated[
 ]
 
 
+def places_of(pattern: str) -> list[str]:
+    """The places of a format string as they stand in it, like "{question}"; raises ValueError where it is none."""
+    places = []
+    for _, name, spec, conversion in string.Formatter().parse(pattern):
+        if name is not None:
+            places.append("{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}")
+    return places
+
+
 class DataConfig(Section):
     task: DocumentTask | ClassificationTask | OwnTask = Field(
         "documents",
@@ -178,7 +190,7 @@ class DataConfig(Section):
         description="classification: the words of each label, in the order of the labels; null: the pattern's own; "
         "jsonl: {label: words}",
     )
-    seed: NonNegativeInt | None = Field(
+    seed: Seed | None = Field(
         None,
         description="classification: seed of the examples, those that are shown or trained on and those that are "
         "evaluated; null: seed",
@@ -188,7 +200,7 @@ class DataConfig(Section):
         description="classification: sets of another distribution, with the task's labels, evaluated as well; jsonl, "
         "summarization: other splits of files or hub",
     )
-    documents: list[int | str] | None = Field(
+    documents: Annotated[list[int | str], Field(min_length=1)] | None = Field(
         None,
         description="documents to learn, by position (from 0) or id; null: all of them, into one adapter",
     )
@@ -212,13 +224,23 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _placeholders(self):
-        for key, placeholder in (
-            ("context_pattern", "{document}"),
+        for key, needed, *others in (
+            ("context_pattern", "{document}", "{title}"),
             ("query_pattern", "{question}"),
             ("answer_pattern", "{answer}"),
         ):
-            if placeholder not in getattr(self, key):
-                raise ValueError(f"{key} must contain {placeholder}, got {getattr(self, key)!r}")
+            pattern = getattr(self, key)
+            try:
+                places = places_of(pattern)
+            except ValueError as error:
+                raise ValueError(f"{key} is {pattern!r}: {error}; write {{{{ and }}}} for braces") from None
+            if needed not in places:
+                raise ValueError(f"{key} must contain {needed}, got {pattern!r}")
+            if unknown := [place for place in places if place not in (needed, *others)]:
+                raise ValueError(
+                    f"{key} has {unknown[0]}, which nothing fills in; expected {' and '.join((needed, *others))}, and "
+                    "{{ and }} for braces"
+                )
         return self
 
     @property
@@ -306,6 +328,11 @@ class SelfStudyConfig(Section):
     def _placeholders(self):
         if "{question}" not in self.answer_prompt:
             raise ValueError(f"answer_prompt must contain {{question}}, got {self.answer_prompt!r}")
+        if not self.prompt.replace("{opening}", min(self.openings, key=len)).strip(" "):
+            raise ValueError(
+                f"prompt is {self.prompt!r}, which is no text with the shortest of openings; write what makes the "
+                "teacher ask, like 'Question: {opening}'"
+            )
         return self
 
 
@@ -413,7 +440,7 @@ class PeftConfig(Section):
     )
     r: PositiveInt = Field(16, description="lora: rank")
     lora_alpha: PositiveFloat = Field(32.0, description="lora: scaling = lora_alpha / r")
-    target_modules: Literal["all-linear"] | list[str] = Field(
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear", description="lora: names of linear modules, or all-linear (all but the head)"
     )
     alpha_pattern: dict[str, PositiveFloat] = Field(
@@ -482,7 +509,7 @@ class TrainConfig(Section):
         "host where the GPU is full; fastft's, all tensors in one launch, with 32- or 8-bit state; auto: bias_adamw "
         "for peft.kind=bitfit, else adamw",
     )
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="AdamW decay rates")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), strict=False, description="AdamW decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the global gradient norm to this; 0: never")
@@ -616,7 +643,7 @@ class Config(Section):
         "the prompt, nothing trained; pbft: pattern-based fine-tuning, the model learns to continue each pattern by "
         "its label's words; ft: fine-tuning with a new classification head on the last token",
     )
-    seed: NonNegativeInt = Field(0, description="seed of sampling, shuffling and initialisation")
+    seed: Seed = Field(0, description="seed of sampling, shuffling and initialisation")
     output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
     overwrite: bool = Field(False, description="replace another run in output_dir")
     resume: Literal["never", "auto"] = Field("never", description="auto: go on from the newest intact checkpoint")
@@ -959,5 +986,5 @@ def _bounds(metadata: Iterable[Any]) -> str:
     """ " >= 0, <= 1" of Field(ge=0, le=1), whether it stands beside the type or within it."""
     found = [m for item in metadata for m in getattr(item, "metadata", [item])]
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [f"{sign} {getattr(m, name):g}" for name, sign in signs.items() for m in found if hasattr(m, name)]
+    bounds = [f"{sign} {getattr(m, name)}" for name, sign in signs.items() for m in found if hasattr(m, name)]
     return " " + ", ".join(bounds) if bounds else ""

@@ -117,8 +117,13 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError(f"deepspeed.config_file={path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"deepspeed.config_file={path}: expected an object, found {type(value).__name__}")
+    zero = value.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(
+            f"deepspeed.config_file={path}: zero_optimization is {type(zero).__name__}, expected an object"
+        )
     problems = [f"  {key}: set {OWNED[key]} instead" for key in value if key in OWNED]
-    if "stage" in value.get("zero_optimization", {}):
+    if "stage" in zero:
         problems.append("  zero_optimization.stage: set deepspeed.zero_stage instead")
     if problems:
         raise ConfigError("\n".join([f"deepspeed.config_file={path} sets what the fastft config says:", *problems]))

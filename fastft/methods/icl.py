@@ -73,7 +73,7 @@ def encode_queries(
     """The separator belongs to the query: at the end of the demonstrations a tokenizer would cut it otherwise.
 
     score: see icl.score; of "first", a choice is its first token alone. Raises DataError for label words that are then
-    the same.
+    the same, and for an example of which the pattern makes no text.
     """
     front = pattern.separator if behind_demonstrations else ""
     choices = [pattern.choices(example) for example in examples]
@@ -82,10 +82,14 @@ def encode_queries(
     if pattern.verbalizer or score == "first":
         for own in dict.fromkeys(map(tuple, choices)):
             _check_distinct(own, [ids[words] for words in own], text, score)
-    return Queries(
-        text.encode_all([front + pattern.ask(example) for example in examples]),
-        [[ids[words] for words in own] for own in choices],
-    )
+    prompts = text.encode_all([front + pattern.ask(example) for example in examples])
+    if [] in prompts:
+        fields = examples[prompts.index([])].fields
+        raise DataError(
+            f"data.pattern={pattern.query!r} makes no text of the example {fields}; take it out, or use a pattern with "
+            "words of its own"
+        )
+    return Queries(prompts, [[ids[words] for words in own] for own in choices])
 
 
 def _check_distinct(words: tuple[str, ...], ids: list[list[int]], text: Text, score: str) -> None:
