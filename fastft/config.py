@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -38,6 +39,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 DecayRate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's generators take
 
 # Keys that say where a run works and what it tells of itself, not what it computes.
@@ -440,7 +442,7 @@ class PeftConfig(Section):
     )
     r: PositiveInt = Field(16, description="lora: rank")
     lora_alpha: PositiveFloat = Field(32.0, description="lora: scaling = lora_alpha / r")
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+    target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="lora: names of linear modules, or all-linear (all but the head)"
     )
     alpha_pattern: dict[str, PositiveFloat] = Field(
@@ -475,6 +477,8 @@ class PeftConfig(Section):
         for key, kinds in needed.items():
             if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for kind={' or '.join(kinds)}, got kind={self.kind}; remove it")
+        if self.kind == "lora" and not self.target_modules:
+            raise ValueError("target_modules is [], which adapts nothing; name linear layers, or use all-linear")
         return self
 
     @property
@@ -644,7 +648,7 @@ class Config(Section):
         "its label's words; ft: fine-tuning with a new classification head on the last token",
     )
     seed: Seed = Field(0, description="seed of sampling, shuffling and initialisation")
-    output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
+    output_dir: Folder = Field(..., description="folder of this run; everything is written below it")
     overwrite: bool = Field(False, description="replace another run in output_dir")
     resume: Literal["never", "auto"] = Field("never", description="auto: go on from the newest intact checkpoint")
     cache_dir: str | None = Field(
@@ -818,6 +822,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # no key; PyYAML says so
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} stands twice", problem_mark=key_node.start_mark

@@ -16,8 +16,10 @@ def replaced(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk, which names no file
+            error.filename = str(path)
         raise
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops import _extension
-from fastft.ops._common import check_float, check_like, shape_of
+from fastft.ops._common import check_float, check_like, refuse_create_graph, shape_of
 from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, linear
 
 # Where the adapter's own small products run: "kernels" are this project's, "products" torch's (oneDNN, cuBLAS).
@@ -42,7 +42,8 @@ def lora_linear(
     views of them), so ZeRO-3 can release a gathered weight.
 
     form: "kernels" or "products" for the products with lora_A and lora_B; None picks what was measured to be faster.
-    Raises ValueError for a shape, dtype or device that does not fit, naming the argument.
+    Raises ValueError for a shape, dtype or device that does not fit, naming the argument, and RuntimeError in a
+    backward with create_graph: it is not twice differentiable.
     Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
     return lora_linears(x, [weight], [lora_A], [lora_B], scaling, [bias], form=form)[0]
@@ -178,6 +179,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
+        refuse_create_graph("lora_linear", "its gradient is computed in place")
         n, kernels = ctx.n, ctx.kernels
         x, u, *saved = ctx.saved_tensors
         weights, As, Bs = (saved[i * n : (i + 1) * n] for i in range(3))

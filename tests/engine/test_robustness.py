@@ -114,6 +114,16 @@ def test_a_disk_without_room_for_the_adapter_is_told_before_the_first_step(base_
     ok(launch(raw))  # the folder of a run that never began is not in the way
 
 
+def test_half_of_a_launchers_environment_is_refused(base_config, launch, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    result = launch(base_config())
+    assert (
+        result.returncode == 1 and "RANK=0 is set, as for one process of several, but not WORLD_SIZE" in result.stderr
+    )
+
+
 def test_stopping_the_last_evaluation_does_not_lose_the_adapter(base_config, launch, monkeypatch):
     monkeypatch.setattr(Documents, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     raw = base_config()

@@ -16,8 +16,11 @@ import yaml
 from safetensors.torch import load_file
 
 from fastft import peft
-from fastft.config import PeftConfig
+from fastft.config import PeftConfig, validate
 from fastft.data.store import TeacherStore
+from fastft.distributed import Ranks
+from fastft.engine import output
+from fastft.engine.progress import Reporter
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
 from fastft.models.loading import load_model
@@ -399,3 +402,13 @@ def test_another_run_in_the_folder_is_not_touched(base_config, launch):
     result = launch(raw)
     assert result.returncode == 1 and "something other than a run" in result.stderr
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_at_work_in_the_folder_is_left_alone(base_config, launch):
+    raw = base_config()
+    folder = Path(raw["output_dir"])
+    folder.mkdir()
+    with output.open_output_dir(validate(raw), folder, Ranks(0, 1), Reporter(enabled=False)):
+        refused = launch(raw)
+        assert refused.returncode == 1 and "another run is at work there; wait until it has ended" in refused.stderr
+    ok(launch(raw))

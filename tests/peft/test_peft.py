@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from pathlib import Path
 
@@ -244,3 +245,13 @@ def test_peft_reads_the_alpha_pattern(tiny, tmp_path):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path)
     ids = torch.arange(2, 12)[None]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_files_have_the_modes_that_the_user_asks_for(tiny, tmp_path):
+    model = load_model(str(tiny("llama")), dtype="float32")
+    before = os.umask(0o077)
+    try:
+        save_adapter(tmp_path / "adapter", inject(model, PeftConfig()), PeftConfig(), base_model="base", model=model)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {0o600}
