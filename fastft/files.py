@@ -18,7 +18,8 @@ def replaced(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a full disk, which names no file
+        # A full disk names no file, a missing folder the partial one.
+        if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
             error.filename = str(path)
         raise
 

@@ -13,6 +13,7 @@ from torch import nn
 from fastft import peft
 from fastft.config import Config
 from fastft.distributed import Ranks
+from fastft.engine import deepspeed_config
 from fastft.engine.base import Base, load_base
 from fastft.engine.checkpoints import Checkpoint
 from fastft.engine.clock import Clock
@@ -53,6 +54,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.method == "icl":
         return evaluate_in_context(config, keep=True)
     check_tensorboard(config)
+    deepspeed_config.check_file(config)
     stop = StopRequest()
     stop.install()
     clock = Clock()

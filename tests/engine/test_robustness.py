@@ -82,11 +82,19 @@ def test_a_deepspeed_file_of_ones_own_is_merged(base_config, launch, tmp_path):
     own = tmp_path / "ds.json"
     own.write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 1000}, "dump_state": False}))
     ok(launch(base_config(deepspeed={"zero_stage": 3, "config_file": str(own)})))
-    own.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
+    own.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2, "reduce_bucket": 1}}))
     refused = launch(base_config(deepspeed={"config_file": str(own)}), "overwrite=true")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    for said in ("train_batch_size: set train.batch_size", "zero_optimization.stage: set deepspeed.zero_stage"):
+    for said in (
+        "train_batch_size: set train.batch_size",
+        "zero_optimization.stage: set deepspeed.zero_stage",
+        "zero_optimization.reduce_bucket: Extra inputs are not permitted",
+    ):
         assert said in refused.stderr
+    assert "teach " not in refused.stdout
+    own.write_text(json.dumps({"zero_optimization": [2]}))
+    refused = launch(base_config(deepspeed={"config_file": str(own)}), "overwrite=true")
+    assert refused.returncode == 1 and "zero_optimization is list, expected an object" in refused.stderr
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(tmp_path):
