@@ -193,6 +193,20 @@ def test_what_cannot_be_loaded_is_refused(tiny, tmp_path):
         files(folder, tmp_path)
 
 
+@pytest.mark.parametrize("damaged", ["index.json", "model.layers.0.safetensors"])
+def test_what_is_gone_or_damaged_is_made_anew(tiny, tmp_path, damaged):
+    load(tiny("llama"), tmp_path)
+    found = files(tiny("llama"), tmp_path)
+    path, digest = found.folder / damaged, found.digest()
+    if damaged == "index.json":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.unlink()
+    assert not files(tiny("llama"), tmp_path).is_complete
+    load(tiny("llama"), tmp_path)
+    assert files(tiny("llama"), tmp_path).digest() == digest
+
+
 def test_a_truncated_file_is_named(tiny, tmp_path):
     load(tiny("opt"), tmp_path)
     found = files(tiny("opt"), tmp_path)
