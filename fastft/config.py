@@ -884,8 +884,14 @@ def check(raw: dict[str, Any], schema: type[SectionType] = Config) -> tuple[Sect
         return schema.model_validate(raw), []
     except ValidationError as error:
         # One line a key: a union reports each member that did not fit.
-        explained = reversed([_explain(e, schema) for e in error.errors()])
-        return None, list({p.partition(":")[0]: p for p in explained}.values())[::-1]
+        problems: dict[str, str] = {}
+        for problem in (_explain(e, schema) for e in error.errors()):
+            key, expected = problem.partition(":")[0], problem.partition(", expected ")[2]
+            if key not in problems:
+                problems[key] = problem
+            elif expected and expected not in problems[key]:
+                problems[key] += f", or {expected}"
+        return None, list(problems.values())
 
 
 def list_problems(source: str, problems: list[str]) -> str:

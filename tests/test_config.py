@@ -54,6 +54,7 @@ def test_overrides_and_round_trip(tmp_path):
         ("output_dir: a\nqueries: {self_study: {prompt: '{opening}'}}\n", "no text with the shortest of openings"),
         ("output_dir: a\ntrain: {betas: [1.0, 0.9]}\n", "train.betas.0: got 1.0"),
         ("output_dir: a\nseed: 4294967296\n", "seed: got 4294967296"),
+        ("output_dir: a\npeft: {target_modules: q_proj}\n", "got 'q_proj', expected 'all-linear', or a valid list"),
         ("output_dir: a\npeft: {target_modules: []}\n", "peft.target_modules is \\[\\], which adapts nothing"),
         ("output_dir: a\ndata: {documents: []}\n", "data.documents: got \\[\\]"),
         ("output_dir: a\ndistill: {teacher: online, targets: topk}\n", "with teacher=online use targets=hidden"),
