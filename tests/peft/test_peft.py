@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,8 +49,7 @@ def test_layers_that_share_an_input_compute_the_same(tiny, family):
         total = sum(getattr(attention, n)(hidden).square().sum() for n in ("q_proj", "k_proj", "v_proj"))
         total.backward()
         results.append((total, hidden.grad, *(p.grad for p in trained.values() if p.grad is not None)))
-        waiting = [m.shared_input.waiting for m in layers if m.shared_input]
-        assert not any(waiting)
+        assert all(m.shared_input.found is None for m in layers if m.shared_input)
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -74,6 +75,42 @@ def test_a_shared_output_is_not_taken_for_another_input_or_other_weights(tiny):
     with torch.no_grad():
         q(x)
     assert k(x).requires_grad
+
+
+def test_layers_that_share_an_input_compute_the_same_in_two_threads():
+    """Each thread has an input of its own, and may be stopped between any two steps of the other."""
+    torch.manual_seed(0)
+    layers = [lora.LoraLinear(nn.Linear(4, 4, bias=False), 2, 4.0).requires_grad_(False) for _ in range(3)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    shared = lora.SharedInput(layers)
+    wrong = []
+
+    def call(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(3000):
+            x = torch.randn(1, 4, generator=generator)
+            found = [shared.output(layer, x) for layer in layers]
+            expected = [x @ (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).t() for layer in layers]
+            wrong.extend(a for a, b in zip(found, expected, strict=True) if not torch.allclose(a, b, atol=1e-4))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(call, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_copy_waits_for_nothing(tiny):
+    model = load_model(str(tiny("llama")), dtype="float32")
+    inject(model, PeftConfig())
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 3, 32, requires_grad=True)
+    attention.q_proj(x)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied.model.layers[0].self_attn.k_proj(x), attention.k_proj(x))
 
 
 def test_bitfit_of_opt(tiny):
