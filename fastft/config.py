@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import string
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -36,6 +38,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+DecayRate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's generators take
 
 # Keys that say where a run works and what it tells of itself, not what it computes.
 PLACES = (
@@ -141,6 +146,15 @@ Verbalizer = Annotated[
 ]
 
 
+def places_of(pattern: str) -> list[str]:
+    """The places of a format string as they stand in it, like "{question}"; raises ValueError where it is none."""
+    places = []
+    for _, name, spec, conversion in string.Formatter().parse(pattern):
+        if name is not None:
+            places.append("{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}")
+    return places
+
+
 class DataConfig(Section):
     task: DocumentTask | ClassificationTask | OwnTask = Field(
         "documents",
@@ -179,7 +193,7 @@ class DataConfig(Section):
         description="classification: the words of each label, in the order of the labels; null: the pattern's own; "
         "jsonl: {label: words}",
     )
-    seed: NonNegativeInt | None = Field(
+    seed: Seed | None = Field(
         None,
         description="classification: seed of the examples, those that are shown or trained on and those that are "
         "evaluated; null: seed",
@@ -194,7 +208,7 @@ class DataConfig(Section):
         description="classification: sets of another distribution, with the task's labels, evaluated as well; jsonl, "
         "summarization: other splits of files or hub",
     )
-    documents: list[int | str] | None = Field(
+    documents: Annotated[list[int | str], Field(min_length=1)] | None = Field(
         None,
         description="documents to learn, by position (from 0) or id; null: all of them, into one adapter",
     )
@@ -218,13 +232,23 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _placeholders(self):
-        for key, placeholder in (
-            ("context_pattern", "{document}"),
+        for key, needed, *others in (
+            ("context_pattern", "{document}", "{title}"),
             ("query_pattern", "{question}"),
             ("answer_pattern", "{answer}"),
         ):
-            if placeholder not in getattr(self, key):
-                raise ValueError(f"{key} must contain {placeholder}, got {getattr(self, key)!r}")
+            pattern = getattr(self, key)
+            try:
+                places = places_of(pattern)
+            except ValueError as error:
+                raise ValueError(f"{key} is {pattern!r}: {error}; write {{{{ and }}}} for braces") from None
+            if needed not in places:
+                raise ValueError(f"{key} must contain {needed}, got {pattern!r}")
+            if unknown := [place for place in places if place not in (needed, *others)]:
+                raise ValueError(
+                    f"{key} has {unknown[0]}, which nothing fills in; expected {' and '.join((needed, *others))}, and "
+                    "{{ and }} for braces"
+                )
         return self
 
     @property
@@ -312,6 +336,11 @@ class SelfStudyConfig(Section):
     def _placeholders(self):
         if "{question}" not in self.answer_prompt:
             raise ValueError(f"answer_prompt must contain {{question}}, got {self.answer_prompt!r}")
+        if not self.prompt.replace("{opening}", min(self.openings, key=len)).strip(" "):
+            raise ValueError(
+                f"prompt is {self.prompt!r}, which is no text with the shortest of openings; write what makes the "
+                "teacher ask, like 'Question: {opening}'"
+            )
         return self
 
 
@@ -462,6 +491,8 @@ class PeftConfig(Section):
         for key, kinds in needed.items():
             if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for kind={' or '.join(kinds)}, got kind={self.kind}; remove it")
+        if self.kind == "lora" and not self.target_modules:
+            raise ValueError("target_modules is [], which adapts nothing; name linear layers, or use all-linear")
         return self
 
     @property
@@ -500,7 +531,7 @@ class TrainConfig(Section):
         "host where the GPU is full; fastft's, all tensors in one launch, with 32- or 8-bit state; auto: bias_adamw "
         "for peft.kind=bitfit, else adamw",
     )
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), strict=False, description="AdamW decay rates")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), strict=False, description="AdamW decay rates")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the global gradient norm to this; 0: never")
@@ -644,8 +675,8 @@ class Config(Section):
         "the prompt, nothing trained; pbft: pattern-based fine-tuning, the model learns to continue each pattern by "
         "its label's words; ft: fine-tuning with a new classification head on the last token",
     )
-    seed: NonNegativeInt = Field(0, description="seed of sampling, shuffling and initialisation")
-    output_dir: str = Field(..., min_length=1, description="folder of this run; everything is written below it")
+    seed: Seed = Field(0, description="seed of sampling, shuffling and initialisation")
+    output_dir: Folder = Field(..., description="folder of this run; everything is written below it")
     overwrite: bool = Field(False, description="replace another run in output_dir")
     resume: Literal["never", "auto"] = Field("never", description="auto: go on from the newest intact checkpoint")
     cache_dir: str | None = Field(
@@ -820,6 +851,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # no key; PyYAML says so
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} stands twice", problem_mark=key_node.start_mark
@@ -880,8 +913,14 @@ def check(raw: dict[str, Any], schema: type[SectionType] = Config) -> tuple[Sect
         return schema.model_validate(raw), []
     except ValidationError as error:
         # One line a key: a union reports each member that did not fit.
-        explained = reversed([_explain(e, schema) for e in error.errors()])
-        return None, list({p.partition(":")[0]: p for p in explained}.values())[::-1]
+        problems: dict[str, str] = {}
+        for problem in (_explain(e, schema) for e in error.errors()):
+            key, expected = problem.partition(":")[0], problem.partition(", expected ")[2]
+            if key not in problems:
+                problems[key] = problem
+            elif expected and expected not in problems[key]:
+                problems[key] += f", or {expected}"
+        return None, list(problems.values())
 
 
 def list_problems(source: str, problems: list[str]) -> str:
@@ -988,5 +1027,5 @@ def _bounds(metadata: Iterable[Any]) -> str:
     """ " >= 0, <= 1" of Field(ge=0, le=1), whether it stands beside the type or within it."""
     found = [m for item in metadata for m in getattr(item, "metadata", [item])]
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [f"{sign} {getattr(m, name):g}" for name, sign in signs.items() for m in found if hasattr(m, name)]
+    bounds = [f"{sign} {getattr(m, name)}" for name, sign in signs.items() for m in found if hasattr(m, name)]
     return " " + ", ".join(bounds) if bounds else ""

@@ -16,8 +16,11 @@ def replaced(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        # A full disk names no file, a missing folder the partial one.
+        if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
+            error.filename = str(path)
         raise
 
 

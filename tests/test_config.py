@@ -44,9 +44,19 @@ def test_overrides_and_round_trip(tmp_path):
         ("- 1\n", "expected `key: value`"),
         ("a: [", "not valid YAML"),
         ("output_dir: a\noutput_dir: b\n", "stands twice"),
+        ("output_dir: a\n? [train]\n: 3\n", "not valid YAML: .*unhashable key"),
         ("output_dir: a\ndistill: {targets: topk, temperature: 2.0}\n", "set tail=false"),
         ("output_dir: a\ndeepspeed: {zero_stage: 1, offload_param: cpu}\n", "offload_param needs zero_stage=3"),
         ("output_dir: a\ndata: {query_pattern: hello}\n", "must contain {question}"),
+        ("output_dir: a\ndata: {query_pattern: '{{question}}'}\n", "must contain {question}"),
+        ("output_dir: a\ndata: {context_pattern: '{document} {text}'}\n", "context_pattern has {text}, which nothing"),
+        ("output_dir: a\ndata: {answer_pattern: '{answer} {'}\n", "answer_pattern is .*write {{ and }} for braces"),
+        ("output_dir: a\nqueries: {self_study: {prompt: '{opening}'}}\n", "no text with the shortest of openings"),
+        ("output_dir: a\ntrain: {betas: [1.0, 0.9]}\n", "train.betas.0: got 1.0"),
+        ("output_dir: a\nseed: 4294967296\n", "seed: got 4294967296"),
+        ("output_dir: a\npeft: {target_modules: q_proj}\n", "got 'q_proj', expected 'all-linear', or a valid list"),
+        ("output_dir: a\npeft: {target_modules: []}\n", "peft.target_modules is \\[\\], which adapts nothing"),
+        ("output_dir: a\ndata: {documents: []}\n", "data.documents: got \\[\\]"),
         ("output_dir: a\ndistill: {teacher: online, targets: topk}\n", "with teacher=online use targets=hidden"),
         ("output_dir: a\ndistill: {on_policy: 0.5}\n", "on_policy=0.5 needs teacher=online"),
         ("output_dir: a\ndistill: {teacher: online}\npeft: {kind: full}\n", "use distill.teacher=stored"),
@@ -70,6 +80,11 @@ def test_what_cannot_be_right_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message.replace("{", r"\{").replace("}", r"\}")):
         load_config(path)
+
+
+def test_a_folder_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert validate({"output_dir": "~/runs/a"}).output_dir == "/home/somebody/runs/a"
 
 
 def test_missing_and_binary_files(tmp_path):

@@ -74,10 +74,17 @@ def make_windows(
         )
     body = limit - len(fill("")) - 8  # a few spare: cutting and filling may tokenise differently
     if body <= config.window.overlap:
+        if limit == room:
+            cure = (
+                f"of the model's {positions} positions {reserve} are kept for the longest query with its answer: "
+                "shorten queries.self_study.examples, evaluate.max_new_tokens, distill.on_policy_tokens or the "
+                "questions themselves, lower the overlap, or use a model with more positions"
+            )
+        else:
+            cure = f"raise data.window.tokens={limit}, or lower the overlap"
         raise DataError(
-            f"data.window: of {limit} tokens the context pattern leaves {body} for document {document.id!r}; it must "
-            f"be more than data.window.overlap={config.window.overlap}; {reserve} of the model's {positions} positions "
-            "are kept for queries"
+            f"data.window: {max(body, 0)} tokens are left for the text of document {document.id!r}, which must be more "
+            f"than data.window.overlap={config.window.overlap}; {cure}"
         )
     ids = encode(document.text)
     windows = []

@@ -63,6 +63,7 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
     m = config.model
     if ranks.device.type == "cpu":
         refuse_what_needs_a_gpu(config)
+    make_cache_folder(config)
     if ranks.is_first:
         path = loading.resolve(m.name_or_path, config.cache_path)
     ranks.barrier()
@@ -104,6 +105,17 @@ def load_base(config: Config, ranks: Ranks, out: Reporter) -> Base:
         hashlib.sha256(vocabulary.encode()).hexdigest(),
         backend.title if backend else "fastft" if ranks.device.type == "cpu" and m.attention == "auto" else "padded",
     )
+
+
+def make_cache_folder(config: Config) -> None:
+    """Raise FastftError, before anything is computed, where there can be no cache folder."""
+    try:
+        config.cache_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FastftError(
+            f"cache_dir={config.cache_path}: the folder cannot be made: {error.strerror}; set cache_dir or "
+            "FASTFT_CACHE to one that can"
+        ) from error
 
 
 def refuse_what_needs_a_gpu(config: Config) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
 from fastft.config import Config
 from fastft.distributed import REDUCE_BUCKET
@@ -74,6 +76,12 @@ def derive(config: Config, world_size: int, lm: PackedCausalLM) -> dict[str, Any
     return merge(derived, _read(ds.config_file)) if ds.config_file else derived
 
 
+def check_file(config: Config) -> None:
+    """Raise ConfigError, before anything is computed, for a user's file that `derive` refuses."""
+    if config.deepspeed.config_file:
+        _read(config.deepspeed.config_file)
+
+
 def _swap_buffers(lm: PackedCausalLM, world_size: int) -> dict[str, int]:
     """Buffers in host memory for what is on the disk: for all of a layer, which is gathered whole, and what follows.
 
@@ -117,9 +125,18 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError(f"deepspeed.config_file={path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"deepspeed.config_file={path}: expected an object, found {type(value).__name__}")
+    zero = value.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(
+            f"deepspeed.config_file={path}: zero_optimization is {type(zero).__name__}, expected an object"
+        )
     problems = [f"  {key}: set {OWNED[key]} instead" for key in value if key in OWNED]
-    if "stage" in value.get("zero_optimization", {}):
+    if "stage" in zero:
         problems.append("  zero_optimization.stage: set deepspeed.zero_stage instead")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        problems += [f"  zero_optimization.{e['loc'][0]}: {e['msg']}" for e in error.errors()]
     if problems:
-        raise ConfigError("\n".join([f"deepspeed.config_file={path} sets what the fastft config says:", *problems]))
+        raise ConfigError("\n".join([f"deepspeed.config_file={path} cannot be used:", *problems]))
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,16 @@ def evaluate_in_context(config: Config, *, keep: bool) -> dict[str, Any]:
     stop.install()
     began = time.monotonic()
     few_shot = (SummaryDemonstrations if config.kind == "summarization" else Demonstrations).load(config)
-    shown = len(few_shot.shots)
-
     ranks = start(config.deepspeed.threads_per_rank)
     out = Reporter(enabled=ranks.is_first)
-    output_dir = Path(config.output_dir)
-    if keep:
-        open_output_dir(config, output_dir, ranks, out)
+    with open_output_dir(config, Path(config.output_dir), ranks, out) if keep else nullcontext():
+        return _evaluate(config, few_shot, began, ranks, out, keep=keep)
+
+
+def _evaluate(
+    config: Config, few_shot: Demonstrations, began: float, ranks: Ranks, out: Reporter, *, keep: bool
+) -> dict[str, Any]:
+    output_dir, shown = Path(config.output_dir), len(few_shot.shots)
     base = load_base(config, ranks, out)
     described = base.describe(config, ranks)
     base.lm, stage = distribute(base.lm, config, ranks)

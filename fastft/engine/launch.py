@@ -34,6 +34,12 @@ def start(threads_per_rank: int | None) -> Ranks:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+    needed = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
+        raise FastftError(
+            f"RANK={os.environ['RANK']} is set, as for one process of several, but not {', '.join(missing)}; "
+            "start with `deepspeed fastft/train.py` or torchrun, which set all of them, or unset RANK"
+        )
     import deepspeed
 
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +37,16 @@ RESULTS = (
 )
 
 
-def open_output_dir(config: Config, folder: Path, ranks: Ranks, out: Reporter) -> Checkpoint | None:
-    """Make the run's folder; returns the checkpoint to resume from, if any: the newest that is as it was written.
+@contextmanager
+def open_output_dir(config: Config, folder: Path, ranks: Ranks, out: Reporter) -> Iterator[Checkpoint | None]:
+    """Make the run's folder, which is this run's alone within the block.
 
-    What another run left there stays so far.
-    Raises FastftError where another run is there and neither overwrite nor resume is set, and where the checkpoint is
-    of other settings.
+    Gives the checkpoint to resume from, if any: the newest that is as it was written. What another run left there stays
+    so far.
+    Raises FastftError where another run is there and neither overwrite nor resume is set, where one is still at work,
+    and where the checkpoint is of other settings.
     """
-    problem, checkpoint = None, None
+    problem, checkpoint, lock = None, None, None
     if ranks.is_first:
         existing = any((folder / name).exists() for name in RESULTS)
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
@@ -65,14 +69,40 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks, out: Reporter) -
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
+                lock = _lock(folder)
+            except BlockingIOError:
+                problem = (
+                    f"output_dir={folder}: another run is at work there; wait until it has ended, or choose another "
+                    "folder"
+                )
             except OSError as error:
                 problem = f"output_dir={folder}: cannot be written: {error.strerror}"
-    problem, checkpoint = ranks.gather((problem, checkpoint))[0]
-    if problem:
-        raise FastftError(problem)
-    if checkpoint:
-        checkpoint.check_config(config)
-    return checkpoint
+    try:
+        problem, checkpoint = ranks.gather((problem, checkpoint))[0]
+        if problem:
+            raise FastftError(problem)
+        if checkpoint:
+            checkpoint.check_config(config)
+        yield checkpoint
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A handle of the folder that holds its lock, which the kernel takes back when this process dies.
+
+    Raises BlockingIOError where another process has it. Some network file systems lock no folders: there is none then.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass
+    return handle
 
 
 def begin_results(config: Config, folder: Path, checkpoint: Checkpoint | None) -> None:

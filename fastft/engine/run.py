@@ -13,7 +13,9 @@ from torch import nn
 from fastft import peft
 from fastft.config import Config
 from fastft.distributed import Ranks
+from fastft.engine import deepspeed_config
 from fastft.engine.base import Base, load_base
+from fastft.engine.checkpoints import Checkpoint
 from fastft.engine.clock import Clock
 from fastft.engine.demonstrations import Demonstrations
 from fastft.engine.documents import Documents
@@ -52,20 +54,23 @@ def run(config: Config) -> dict[str, Any]:
     if config.method == "icl":
         return evaluate_in_context(config, keep=True)
     check_tensorboard(config)
+    deepspeed_config.check_file(config)
     stop = StopRequest()
     stop.install()
     clock = Clock()
     source = SOURCES[config.method, config.kind].load(config)
     ranks = start(config.deepspeed.threads_per_rank)
     out = Reporter(enabled=ranks.is_first)
-    profiled = Profiled(config, Path(config.output_dir), clock, ranks, out)
-    with profiled.reporting():
-        return _run(config, source, stop, profiled, clock, ranks, out)
+    output_dir = Path(config.output_dir)
+    profiled = Profiled(config, output_dir, clock, ranks, out)
+    with profiled.reporting(), open_output_dir(config, output_dir, ranks, out) as resumed:
+        return _run(config, source, resumed, stop, profiled, clock, ranks, out)
 
 
 def _run(
     config: Config,
     source: Source,
+    resumed: Checkpoint | None,
     stop: StopRequest,
     profiled: Profiled,
     clock: Clock,
@@ -73,8 +78,6 @@ def _run(
     out: Reporter,
 ) -> dict[str, Any]:
     output_dir = Path(config.output_dir)
-    resumed = open_output_dir(config, output_dir, ranks, out)
-
     with clock.measure("load"):
         base = load_base(config, ranks, out)
     if resumed:

@@ -80,7 +80,8 @@ def encode_queries(
     """The separator belongs to the query: at the end of the demonstrations a tokenizer would cut it otherwise.
 
     score: see icl.score; of "first", a choice is its first token alone. max_tokens: see data.max_tokens; the choices
-    are not cut. Raises DataError for label words that are the same, and where max_tokens leaves nothing.
+    are not cut. Raises DataError for label words that are the same, where max_tokens leaves nothing, and for an example
+    of which the pattern makes no text.
     """
     if max_tokens is not None and max_tokens <= len(text.leading):
         raise DataError(
@@ -96,6 +97,12 @@ def encode_queries(
             _check_distinct(own, [ids[words] for words in own], text, score)
     asked = [front + pattern.ask(example) for example in examples]
     prompts, cut = text.encode_all(asked, begin=not behind_demonstrations), 0
+    if [] in prompts:
+        fields = examples[prompts.index([])].fields
+        raise DataError(
+            f"data.pattern={pattern.query!r} makes no text of the example {fields}; take it out, or use a pattern with "
+            "words of its own"
+        )
     if max_tokens is not None:
         whole, prompts = prompts, [text.cut(prompt, max_tokens) for prompt in prompts]
         cut = sum(len(prompt) < len(own) for prompt, own in zip(prompts, whole, strict=True))

@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from fastft.errors import ModelError
 
@@ -58,10 +60,8 @@ class Checkpoint:
                 raise ModelError(f"{path}: cannot be read: {error}") from error
         return self._opened[name]
 
-    def find(self, name: str, prefix: str) -> str | None:
-        """The name here of a model's parameter: the same, or without or with the base model's prefix."""
-        bare = name.removeprefix(f"{prefix}.")
-        return next((n for n in (name, bare, f"{prefix}.{name}") if n in self._file_of), None)
+    def names(self) -> list[str]:
+        return list(self._file_of)
 
     def read(self, name: str) -> Tensor:
         opened = self._open(self._file_of[name])
@@ -69,24 +69,40 @@ class Checkpoint:
 
 
 class StoredWeights:
-    """The parameters of a model from a checkpoint."""
+    """The parameters of a model from a checkpoint.
+
+    Files may have other names for them than the model (GPT-NeoX's head is `embed_out` there); transformers knows which.
+    """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint):
         self.model, self.checkpoint = model, checkpoint
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+        self._stored: dict[str, str] = {}  # the model's name -> the file's
+        for name in checkpoint.names():
+            renamed, converter = rename_source_key(name, renamings, converters)
+            if converter is None:  # the others would have to be computed from what is stored
+                self._stored[renamed] = name
 
     def identity(self) -> str:
         return self.checkpoint.identity()
 
     def parameters(self, module: nn.Module, prefix: str, recurse: bool) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of a module's parameters, one after the other."""
-        base = self.model.base_model_prefix
         for name, _ in module.named_parameters(prefix, recurse=recurse):
-            found = self.checkpoint.find(name, base)
+            found = self._find(name)
             if found is None:
                 raise ModelError(
                     f"{self.checkpoint.folder}: there is no tensor {name!r}, which {type(self.model).__name__} needs"
                 )
             yield name, self.checkpoint.read(found)
+
+    def _find(self, name: str) -> str | None:
+        """The stored name of a parameter: under its own, or that without or with the base model's prefix."""
+        base = self.model.base_model_prefix
+        names = (name, name.removeprefix(f"{base}."), f"{base}.{name}")
+        return next((self._stored[n] for n in names if n in self._stored), None)
 
 
 class RandomWeights:

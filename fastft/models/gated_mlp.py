@@ -23,27 +23,28 @@ def fuse_gated_mlps(model: nn.Module) -> None:
     """
     for module in model.modules():
         if "forward" not in vars(module) and _is_gated_mlp(module):
-            module.forward = MethodType(_forward, module)
+            module.forward = MethodType(forward, module)
 
 
-def _forward(self: nn.Module, x: Tensor) -> Tensor:
+# Named as the method whose place it takes: a pickle holds a method by its name, and finds the class's own again.
+def forward(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
-    """Whether the module's own code gives, with small linears in place of its own, what `_forward` computes."""
-    forward = type(module).forward
+    """Whether the module's own code gives, with small linears in place of its own, what `forward` computes."""
+    theirs = type(module).forward
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in LINEARS):
         return False
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+    if not isinstance(theirs, FunctionType) or hasattr(theirs, "__wrapped__"):
         return False
-    if len(inspect.signature(forward).parameters) != 2:
+    if len(inspect.signature(theirs).parameters) != 2:
         return False
     small = _small_copy(module)
     x = torch.linspace(-2, 2, 3 * 8, dtype=torch.float64).view(1, 3, 8)
     expected = small.down_proj(F.silu(small.gate_proj(x)) * small.up_proj(x))
     try:
-        found = forward(small, x)
+        found = theirs(small, x)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # it needs what the copy does not have
         return False
     return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-12)

@@ -50,8 +50,8 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code:
 class QuantizedFiles:
     """The quantised weights of one base in the cache folder: a file for each decoder layer, one for the rest, an index.
 
-    The index is written last; a folder that has it is complete. Files are written in one step, so work that was stopped
-    goes on where it was, and processes may share it.
+    The index is written last; a folder that has it and all files is complete. Files are written in one step, so work
+    that was stopped goes on where it was, and processes may share it.
     """
 
     def __init__(
@@ -91,7 +91,14 @@ class QuantizedFiles:
 
     @property
     def is_complete(self) -> bool:
-        return (self.folder / "index.json").is_file()
+        return self._index() is not None and not self.lacking()
+
+    def _index(self) -> dict | None:
+        """What `finish` wrote; None where there is nothing, or something else."""
+        try:
+            return json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     @property
     def nbytes(self) -> int:
@@ -125,8 +132,7 @@ class QuantizedFiles:
 
     def digest(self) -> str:
         """SHA-256 over the bytes of all weights."""
-        index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-        return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._index(), sort_keys=True).encode()).hexdigest()
 
     def load(self) -> PreTrainedModel:
         """The model with its weights in place, mapped from the files."""

@@ -71,7 +71,7 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
 
 
 def check_temperature(op: str, temperature: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # math.isfinite would end a trace in which it varies
         raise ValueError(f"{op}: temperature is {temperature}, expected a finite number above 0")
 
 
@@ -195,12 +195,10 @@ def fake_outputs(hidden: Tensor, weight: Tensor, reduction: str, hidden_grad: bo
     )
 
 
-def refuse_create_graph(op: str) -> None:
+def refuse_create_graph(op: str, why: str = "its gradient is computed in forward") -> None:
     """Called in a backward whose result carries no graph: grad mode is on there under create_graph only."""
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op} is not twice differentiable (its gradient is computed in forward): no create_graph=True"
-        )
+        raise RuntimeError(f"{op} is not twice differentiable ({why}): no create_graph=True")
 
 
 def register_linear_op(name: str, kernel) -> None:

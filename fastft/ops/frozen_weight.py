@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops import _extension
-from fastft.ops._common import check_float
+from fastft.ops._common import check_float, refuse_create_graph
 
 # Of a quantised weight, so much is dequantised at a time: large enough for the product to run at full speed, small
 # enough to be no matter beside the quantised model, and on a CPU to be multiplied while it is still in the cache.
@@ -201,7 +201,8 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None 
 
     x [..., K], weight [N, K], bias [N] or None -> [..., N]; one dtype (float64, float32, bfloat16, float16) and device.
     Backward: dx = dy @ weight, d_bias = sum(dy), each only where it is asked for.
-    Raises ValueError for shapes that do not fit. Under autocast x and bias are first cast, as by F.linear.
+    Raises ValueError for shapes that do not fit; with a compressed weight, which is not twice differentiable,
+    RuntimeError in a backward with create_graph. Under autocast x and bias are first cast, as by F.linear.
     """
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
@@ -226,6 +227,8 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if isinstance(ctx.weight, FrozenWeight):
+            refuse_create_graph("frozen_linear", "a quantised weight's tiles share one buffer")
         rows = dy.reshape(-1, dy.shape[-1])
         dx = add_input_grad(None, rows, ctx.weight) if ctx.needs_input_grad[0] else None
         d_bias = rows.sum(0) if ctx.needs_input_grad[2] else None

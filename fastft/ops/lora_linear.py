@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops import _extension
-from fastft.ops._common import check_float, check_like, shape_of
+from fastft.ops._common import check_float, check_like, refuse_create_graph, shape_of
 from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, add_linear, linear
 
 # How the adapter's small products are computed. What passes over tensors of the size of x or y a layer's forward and
@@ -51,7 +51,8 @@ def lora_linear(
 
     form: one of `FORMS`, how the products with lora_A and lora_B are computed; None picks what was measured to be the
     fastest.
-    Raises ValueError for a shape, dtype or device that does not fit, naming the argument.
+    Raises ValueError for a shape, dtype or device that does not fit, naming the argument, and RuntimeError in a
+    backward with create_graph: it is not twice differentiable.
     Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
     return lora_linears(x, [weight], [lora_A], [lora_B], scaling, [bias], form=form)[0]
@@ -197,6 +198,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
+        refuse_create_graph("lora_linear", "its gradient is computed in place")
         n, form = ctx.n, ctx.form
         x, u, *saved = ctx.saved_tensors
         weights, As, Bs = (saved[i * n : (i + 1) * n] for i in range(3))

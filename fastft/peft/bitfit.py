@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,16 +56,16 @@ def _keep_base_bias(module: nn.Module) -> None:
     what ZeRO-3 does with it goes on as ever.
     """
     module.register_buffer("base_bias", module.bias.detach().clone(), persistent=False)
-    trained_forward = module.forward
+    # Not a closure: a copy of the module, or its pickle, would go on computing with the parameters of this one.
+    module.forward = partial(_forward, module, module.forward)
 
-    def forward(*args, **kwargs):
-        if not adapter_is_off():
-            return trained_forward(*args, **kwargs)
-        parameters = module._parameters  # ZeRO-3 puts a dictionary of its own there
-        trained, parameters["bias"] = parameters["bias"], module.base_bias
-        try:
-            return trained_forward(*args, **kwargs)
-        finally:
-            parameters["bias"] = trained
 
-    module.forward = forward
+def _forward(module: nn.Module, trained_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not adapter_is_off():
+        return trained_forward(*args, **kwargs)
+    parameters = module._parameters  # ZeRO-3 puts a dictionary of its own there
+    trained, parameters["bias"] = parameters["bias"], module.base_bias
+    try:
+        return trained_forward(*args, **kwargs)
+    finally:
+        parameters["bias"] = trained

@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +29,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fastft.config import PeftConfig, Section
 from fastft.errors import FastftError, ModelError
+from fastft.files import replaced, write_text
 
 CLASSIFICATION_HEAD = "score.weight"  # what transformers calls it in its sequence classifiers
 
@@ -158,22 +158,12 @@ def load_biases(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    _atomically(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+    with replaced(path) as partial:
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # its own kind for what is an OSError elsewhere
+            raise FastftError(f"{path} cannot be written: {error}") from error
 
 
 def _write_json(path: Path, value: dict) -> None:
-    _atomically(path, lambda partial: Path(partial).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-
-
-def _atomically(path: Path, write) -> None:
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(partial)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException as error:
-        os.unlink(partial)
-        if isinstance(error, SafetensorError):  # its own kind for what is an OSError elsewhere
-            raise FastftError(f"{path} cannot be written: {error}") from error
-        raise
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -86,13 +86,16 @@ class SharedInput:
 
     def __init__(self, layers: list[LoraLinear]):
         self.layers = layers
-        self.waiting: dict[LoraLinear, torch.Tensor] = {}
-        self.key: tuple | None = None  # what `waiting` was computed from
+        # What the outputs that wait were computed from, and these: one attribute, as another thread may replace it.
+        self.found: tuple[tuple, dict[LoraLinear, torch.Tensor]] | None = None
+
+    def __getstate__(self) -> dict:
+        return {"layers": self.layers, "found": None}  # outputs wait for this model's layers, not for a copy's
 
     def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         key = (x, x._version, torch.is_grad_enabled(), *(p._version for m in self.layers for p in (m.lora_A, m.lora_B)))
-        found = self.key is not None and self.key[0] is x and self.key[1:] == key[1:]
-        if not (found and layer in self.waiting):
+        known, waiting = self.found or ((None,), {})
+        if not (known[0] is x and known[1:] == key[1:] and layer in waiting):
             layers = self.layers
             # Where ZeRO-3 has gathered this layer alone, the others' weights are not here.
             if not all(m.weight.numel() and m.lora_A.numel() for m in layers):
@@ -105,10 +108,9 @@ class SharedInput:
                 layer.scaling,
                 [m.bias for m in layers],
             )
-            self.waiting, self.key = dict(zip(layers, outputs, strict=True)), key
-        result = self.waiting.pop(layer)
-        if not self.waiting:
-            self.key = None
+            waiting = dict(zip(layers, outputs, strict=True))
+        result = waiting.pop(layer)
+        self.found = (key, waiting) if waiting else None
         return result
 
 

@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 from fastft.config import (
     PLACES,
     Config,
+    Folder,
     PositiveInt,
     Section,
     check,
@@ -50,7 +51,7 @@ SECTIONS = {key for key, kind, *_ in describe() if kind == "section"}
 class SweepConfig(Section):
     """A sweep's file."""
 
-    output_dir: str = Field(..., min_length=1, description="folder of the sweep: its table, its runs, their logs")
+    output_dir: Folder = Field(..., description="folder of the sweep: its table, its runs, their logs")
     parallel: PositiveInt = Field(
         1, description="runs at once on this machine, with the cores, and the GPUs in turn, divided among them"
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 from fastft.errors import DataError
 
 Row = tuple[str, dict[str, Any]]  # place (for messages) and fields
+
+SURROGATE = b"\\ud"  # how JSON escapes begin that stand for half of a character, \ud800 to \udfff
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,25 @@ def read_jsonl(path: Path) -> Iterator[Row]:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 place = f"{path}:{number}"
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # which Windows' editors write
                 if not line.strip():
                     continue
                 try:
                     value = json.loads(line.decode("utf-8"))
+                    if SURROGATE in line.lower():
+                        json.dumps(value, ensure_ascii=False).encode("utf-8")
                 except UnicodeDecodeError as error:
                     raise DataError(f"{place}: not UTF-8 (byte {error.start} of the line)") from None
-                except json.JSONDecodeError as error:
+                except UnicodeEncodeError as error:
+                    half = ascii(error.object[error.start])
+                    raise DataError(f"{place}: {half} is half of a character, whose other half is missing") from None
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise DataError(f"{place}: not JSON: {error}") from None
                 if not isinstance(value, dict):
                     raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}")
                 yield place, value
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
@@ -125,6 +136,9 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+            names = rows.fieldnames or []
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{path}: the first row names the column {twice!r} twice; rename one of them")
             for row in rows:
                 place = f"{path}:{rows.line_num}"
                 if None in row or None in row.values():
@@ -134,7 +148,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
         raise DataError(f"{path}: not UTF-8: {error.reason}") from None
     except csv.Error as error:
         raise DataError(f"{path}: not CSV after line {rows.line_num}: {error}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 

@@ -142,9 +142,10 @@ def sample_demonstrations(
     """
     if balanced and num_shots % num_labels:
         lower = num_shots - num_shots % num_labels
+        fitting = " or ".join(str(n) for n in (lower, lower + num_labels) if n)
         raise DataError(
-            f"icl.num_shots={num_shots} cannot be balanced over {num_labels} labels; use {lower} or "
-            f"{lower + num_labels}, or set icl.balanced=false"
+            f"icl.num_shots={num_shots} cannot be balanced over {num_labels} labels; use {fitting}, or set "
+            "icl.balanced=false"
         )
     labels = [e.label for e in examples]
     draw = _draw_as_llmft if sampling == "llmft" else _draw

@@ -45,8 +45,11 @@ def test_one_window_where_it_fits():
 def test_a_long_document_is_refused_where_windows_are_off():
     with pytest.raises(DataError, match="enabled=true"):
         windows(tokens=40, enabled=False)
-    with pytest.raises(DataError, match="overlap=64"):
+    with pytest.raises(DataError, match=r"overlap=64; raise data\.window\.tokens=40"):
         windows(tokens=40)
+    with pytest.raises(DataError, match=r"0 tokens are left .* positions 300 are kept for the longest query"):
+        document = Document("d", "D", WORDS)
+        make_windows(document, DataConfig(), encode, decode, leading=[], positions=250, reserve=300)
     with pytest.raises(DataError, match="holds 60"):
         config = DataConfig(window={"enabled": False})
         document = Document("d", "D", WORDS)

@@ -146,6 +146,14 @@ def test_too_few_examples_of_ones_own(either, launch, tmp_path, monkeypatch, met
     assert re.search(message, result.stderr), result.stderr
 
 
+@pytest.mark.parametrize("method", ["pbft", "ft"])
+def test_an_example_without_text(either, launch, method):
+    raw = either("jsonl", method, more=json.dumps({**ROW, "sentence1": ""}) + "\n")
+    raw["data"]["pattern"] = "{sentence1}"
+    result = launch(raw)
+    assert result.returncode == 1 and "makes no text of the example {'sentence1': ''}" in result.stderr
+
+
 def test_words_for_a_label_that_has_none(either, launch):
     """A list has too few words for a shipped task's labels; one's own labels are named in the rows."""
     result = launch(either("rte", words=("Yes",)))

@@ -82,11 +82,19 @@ def test_a_deepspeed_file_of_ones_own_is_merged(base_config, launch, tmp_path):
     own = tmp_path / "ds.json"
     own.write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 1000}, "dump_state": False}))
     ok(launch(base_config(deepspeed={"zero_stage": 3, "config_file": str(own)})))
-    own.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
+    own.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2, "reduce_bucket": 1}}))
     refused = launch(base_config(deepspeed={"config_file": str(own)}), "overwrite=true")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    for said in ("train_batch_size: set train.batch_size", "zero_optimization.stage: set deepspeed.zero_stage"):
+    for said in (
+        "train_batch_size: set train.batch_size",
+        "zero_optimization.stage: set deepspeed.zero_stage",
+        "zero_optimization.reduce_bucket: Extra inputs are not permitted",
+    ):
         assert said in refused.stderr
+    assert "teach " not in refused.stdout
+    own.write_text(json.dumps({"zero_optimization": [2]}))
+    refused = launch(base_config(deepspeed={"config_file": str(own)}), "overwrite=true")
+    assert refused.returncode == 1 and "zero_optimization is list, expected an object" in refused.stderr
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(tmp_path):
@@ -112,6 +120,16 @@ def test_a_disk_without_room_for_the_adapter_is_told_before_the_first_step(base_
     assert not (Path(raw["output_dir"]) / "metrics.jsonl").exists()
     monkeypatch.undo()
     ok(launch(raw))  # the folder of a run that never began is not in the way
+
+
+def test_half_of_a_launchers_environment_is_refused(base_config, launch, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    result = launch(base_config())
+    assert (
+        result.returncode == 1 and "RANK=0 is set, as for one process of several, but not WORLD_SIZE" in result.stderr
+    )
 
 
 def test_stopping_the_last_evaluation_does_not_lose_the_adapter(base_config, launch, monkeypatch):

@@ -16,8 +16,11 @@ import yaml
 from safetensors.torch import load_file
 
 from fastft import peft
-from fastft.config import PeftConfig
+from fastft.config import PeftConfig, validate
 from fastft.data.store import TeacherStore
+from fastft.distributed import Ranks
+from fastft.engine import output
+from fastft.engine.progress import Reporter
 from fastft.methods.evaluation import token_f1
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
@@ -426,3 +429,13 @@ def test_a_report_that_cannot_be_drawn_costs_no_results(base_config, launch, mon
     ok(done)
     assert "cannot be drawn: ValueError: no ink" in done.stdout and "report.html" not in done.stdout
     assert summary_of(raw)["steps"] == 1
+
+
+def test_a_run_at_work_in_the_folder_is_left_alone(base_config, launch):
+    raw = base_config()
+    folder = Path(raw["output_dir"])
+    folder.mkdir()
+    with output.open_output_dir(validate(raw), folder, Ranks(0, 1), Reporter(enabled=False)):
+        refused = launch(raw)
+        assert refused.returncode == 1 and "another run is at work there; wait until it has ended" in refused.stderr
+    ok(launch(raw))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from contextlib import contextmanager
 
 import pytest
@@ -110,6 +111,14 @@ def test_a_copy_is_its_own():
         for p in other.parameters():
             p.zero_()
     assert not other(IDS).logits.any() and model(IDS).logits.any()
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+def test_a_pickle_computes_the_same(kind):
+    model = tiny_model(kind)
+    fuse(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert_close(logits_and_gradients(again), logits_and_gradients(model))
 
 
 def test_forwards_that_are_wrapped_or_different_are_left_alone():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from fastft import peft
 from fastft.config import PeftConfig
@@ -182,6 +182,19 @@ def test_sharded_safetensors_and_old_pytorch_files_give_the_same(tiny, tmp_path)
             assert torch.equal(a, b), n
 
 
+def test_names_that_transformers_changes_are_found(tmp_path):
+    """GPT-NeoX's head is `embed_out` in its files, `lm_head` in the model."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    config = GPTNeoXConfig(num_attention_heads=4, **sizes)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    assert "embed_out.weight" in Checkpoint(tmp_path / "neox").names()
+    model = load(tmp_path / "neox", tmp_path)
+    ids = torch.arange(3, 12)[None]
+    expected = dequantised(tmp_path / "neox", model, torch.float32)(ids).logits
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_random_weights_are_those_of_the_seed(tiny, tmp_path):
     one = load(tiny("opt"), tmp_path / "a", random_weights=True, seed=1)
     same = load(tiny("opt"), tmp_path / "b", random_weights=True, seed=1)
@@ -212,6 +225,20 @@ def test_what_cannot_be_loaded_is_refused(tiny, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="is quantised already; name the model that it was made from"):
         files(folder, tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["index.json", "model.layers.0.safetensors"])
+def test_what_is_gone_or_damaged_is_made_anew(tiny, tmp_path, damaged):
+    load(tiny("llama"), tmp_path)
+    found = files(tiny("llama"), tmp_path)
+    path, digest = found.folder / damaged, found.digest()
+    if damaged == "index.json":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.unlink()
+    assert not files(tiny("llama"), tmp_path).is_complete
+    load(tiny("llama"), tmp_path)
+    assert files(tiny("llama"), tmp_path).digest() == digest
 
 
 def test_a_truncated_file_is_named(tiny, tmp_path):

@@ -204,3 +204,11 @@ def test_frozen_linear_refuses_what_does_not_fit():
         frozen_linear(torch.randn(3, 60), weight)
     with pytest.raises(ValueError, match=r"bias is \[64\], expected \[40\]"):
         frozen_linear(torch.randn(3, 64), weight, torch.randn(64))
+
+
+def test_twice_differentiable_with_a_plain_weight_alone():
+    x, values = torch.randn(3, 6, dtype=torch.float64, requires_grad=True), torch.randint(-127, 128, (5, 6))
+    assert torch.autograd.gradgradcheck(lambda x: frozen_linear(x.sin(), values.double()).sin(), x)
+    quantised = Weight8bit(values.to(torch.int8), torch.rand(5))
+    with pytest.raises(RuntimeError, match="frozen_linear is not twice differentiable"):
+        torch.autograd.grad(frozen_linear(x, quantised).sum(), x, create_graph=True)

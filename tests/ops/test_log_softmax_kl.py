@@ -369,6 +369,17 @@ def test_not_twice_differentiable():
         grad.sum().backward()
 
 
+def test_compiles_for_a_temperature_that_varies():
+    student, teacher = torch.randn(2, 3, 5).unbind()
+    compiled = torch.compile(
+        lambda temperature: log_softmax_kl(student, teacher, temperature=temperature),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    for temperature in (1.0, 1.5, 2.0):
+        assert compiled(temperature) == log_softmax_kl(student, teacher, temperature=temperature)
+
+
 def test_teacher_gets_no_gradient():
     student, teacher = torch.randn(2, 2, 5).requires_grad_().unbind()
     teacher = teacher.detach().requires_grad_()

@@ -471,3 +471,11 @@ def test_a_linear_with_a_trained_bias_alone_keeps_no_input():
     x = torch.randn(4, 3, 5, requires_grad=True).square()
     kept, _ = saved_by(lambda: linear(x, weight, bias))
     assert set(kept) <= {weight.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_not_twice_differentiable(form):
+    t = inputs(3, 5, 4, 2)
+    x = t.pop("x").requires_grad_()
+    with pytest.raises(RuntimeError, match="lora_linear is not twice differentiable"):
+        torch.autograd.grad(lora_linear(x, **t, scaling=0.7, form=form).sum(), x, create_graph=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,8 +49,7 @@ def test_layers_that_share_an_input_compute_the_same(tiny, family):
         total = sum(getattr(attention, n)(hidden).square().sum() for n in ("q_proj", "k_proj", "v_proj"))
         total.backward()
         results.append((total, hidden.grad, *(p.grad for p in trained.values() if p.grad is not None)))
-        waiting = [m.shared_input.waiting for m in layers if m.shared_input]
-        assert not any(waiting)
+        assert all(m.shared_input.found is None for m in layers if m.shared_input)
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -73,11 +77,63 @@ def test_a_shared_output_is_not_taken_for_another_input_or_other_weights(tiny):
     assert k(x).requires_grad
 
 
+def test_layers_that_share_an_input_compute_the_same_in_two_threads():
+    """Each thread has an input of its own, and may be stopped between any two steps of the other."""
+    torch.manual_seed(0)
+    layers = [lora.LoraLinear(nn.Linear(4, 4, bias=False), 2, 4.0).requires_grad_(False) for _ in range(3)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    shared = lora.SharedInput(layers)
+    wrong = []
+
+    def call(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(3000):
+            x = torch.randn(1, 4, generator=generator)
+            found = [shared.output(layer, x) for layer in layers]
+            expected = [x @ (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).t() for layer in layers]
+            wrong.extend(a for a, b in zip(found, expected, strict=True) if not torch.allclose(a, b, atol=1e-4))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(call, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_copy_waits_for_nothing(tiny):
+    model = load_model(str(tiny("llama")), dtype="float32")
+    inject(model, PeftConfig())
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 3, 32, requires_grad=True)
+    attention.q_proj(x)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied.model.layers[0].self_attn.k_proj(x), attention.k_proj(x))
+
+
 def test_bitfit_of_opt(tiny):
     model = load_model(str(tiny("opt")), dtype="float32")
     trained = bitfit.inject(model, add_biases=False)
     assert trained and all(n.endswith("bias") and "k_proj" not in n for n in trained)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trained)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_with_bitfit_is_its_own(tiny, copied):
+    model, base = (AutoModelForCausalLM.from_pretrained(tiny("opt")).eval() for _ in range(2))
+    for parameter in inject(model, PeftConfig(kind="bitfit")).values():
+        torch.nn.init.normal_(parameter)
+    ids = torch.arange(3, 9)[None]
+    trained = model(ids).logits
+    other = copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(other(ids).logits, trained)
+    with adapter_off():
+        torch.testing.assert_close(other(ids).logits, base(ids).logits)
 
 
 def test_bitfit_needs_biases(tiny):
@@ -226,3 +282,13 @@ def test_peft_reads_the_alpha_pattern(tiny, tmp_path):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path)
     ids = torch.arange(2, 12)[None]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_files_have_the_modes_that_the_user_asks_for(tiny, tmp_path):
+    model = load_model(str(tiny("llama")), dtype="float32")
+    before = os.umask(0o077)
+    try:
+        save_adapter(tmp_path / "adapter", inject(model, PeftConfig()), PeftConfig(), base_model="base", model=model)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {0o600}

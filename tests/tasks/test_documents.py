@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import os
 
@@ -33,6 +35,8 @@ def test_the_shipped_collection():
         (json.dumps({**GOOD, "questions": [{"question": "", "answers": ["x"]}]}).encode(), "'question' is empty"),
         (json.dumps({**GOOD, "questions": [{"question": "Q?", "answers": []}]}).encode(), "'answers' is []"),
         (b"", "no documents"),
+        (b'{"id": ' + b"[" * 100_000, "facts.jsonl:1: not JSON"),
+        (json.dumps({**GOOD, "text": "a \ud83d b"}).encode(), "facts.jsonl:1: '\\ud83d' is half of a character"),
         ((json.dumps(GOOD) + "\n" + json.dumps(GOOD)).encode(), "facts.jsonl:2: a document with id 'a'"),
     ],
 )
@@ -42,6 +46,24 @@ def test_bad_files_are_refused(tmp_path, line, message):
     with pytest.raises(DataError) as error:
         load_documents(DataConfig(path=str(path)))
     assert message in str(error.value)
+
+
+def test_marks_and_characters_of_other_editors(tmp_path):
+    """A byte order mark, lines that end as on Windows, and a character that JSON escapes in two halves."""
+    path = tmp_path / "facts.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + json.dumps({**GOOD, "text": "a \U0001f98a b"}).encode() + b"\r\n")
+    assert [d.text for d in load_documents(DataConfig(path=str(path)))] == ["a \U0001f98a b"]
+
+
+def test_damaged_gzip_is_refused(tmp_path):
+    path = tmp_path / "facts.jsonl.gz"
+    whole = bytearray(gzip.compress(json.dumps(GOOD).encode()))
+    for at in range(10, len(whole)):
+        damaged = whole.copy()
+        damaged[at] ^= 0xFF
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"facts\.jsonl\.gz"):
+            load_documents(DataConfig(path=str(path)))
 
 
 def test_select(tmp_path):

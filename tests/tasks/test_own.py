@@ -106,6 +106,7 @@ def test_bad_rows_are_refused(tmp_path, line, message):
         (b"text,stars,sentiment\na,1,\n", f"a.csv:2: 'sentiment' is '', {COVER}; a split without labels"),
         (b'text,stars,sentiment\n"a,1,pos\n', "a.csv: not CSV after line 1: unexpected end of data"),
         (b"text,stars,sentiment\n\xff,1,pos\n", "a.csv: not UTF-8"),
+        (b"text,stars,text,sentiment\na,1,b,pos\n", "a.csv: the first row names the column 'text' twice"),
     ],
 )
 def test_bad_csv_is_refused(tmp_path, content, message):
