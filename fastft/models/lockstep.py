@@ -1,8 +1,8 @@
 """The frozen base and the adapted model in one pass through the decoder.
 
 The teacher is the same model as the student, with the adapter off, so a layer's weights can serve both while they are
-there: ZeRO-3 gathers them once, parameter offload copies them once, quantised ones are dequantised once. All rows of
-a pass lie end to end, [1, T1 + T2 + ...], and go through the decoder's own code together; only where the two differ
+there: ZeRO-3 gathers them once, parameter offload copies them once, a GPU dequantises them once. All rows of a
+pass lie end to end, [1, T1 + T2 + ...], and go through the decoder's own code together; only where the two differ
 are they taken apart. Each decoder layer, and what is adapted or drops out besides, runs its parts one after the other
 
     contexts     no gradient, adapter off, no dropout; their keys and values are captured
@@ -24,7 +24,7 @@ from torch import nn
 from fastft.errors import ModelError
 from fastft.models.attention import PackedSequences
 from fastft.models.causal import PackedCausalLM
-from fastft.models.quantized import dequantised_once, quantised_weights
+from fastft.models.quantized import DequantisedOnce, quantised_weights
 from fastft.peft import adapter_off
 
 R = TypeVar("R")
@@ -51,6 +51,7 @@ class Lockstep:
             raise ModelError(f"{type(lm.model).__name__} does not name its decoder layers; use distill.teacher=stored")
         self.lm = lm
         self._parts: _Parts | None = None
+        self.dequantised = DequantisedOnce()
         self._training = False
         inside = {module for layer in lm.layers for module in layer.modules()}
         outside = [m for m in lm.model.modules() if m not in inside]
@@ -89,7 +90,7 @@ class Lockstep:
             *frozen, trained = parts.packs
             *arguments, last = _split((args, kwargs), parts.sizes)
             self._parts = None  # what is inside of `module` sees one part
-            with dequantised_once(weights):
+            with self.dequantised.of(weights):
                 with torch.no_grad(), adapter_off():
                     outputs = [_call(whole, part, packed) for part, packed in zip(arguments, frozen, strict=True)]
                 module.train(self._training)

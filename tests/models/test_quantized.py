@@ -137,7 +137,9 @@ def test_teacher_and_student_in_one_pass_share_what_is_dequantised(tiny, tmp_pat
     dequantised = []
     parts = QuantizedWeight._unpacked
     monkeypatch.setattr(QuantizedWeight, "_unpacked", lambda w: dequantised.append(w) or parts(w))
-    frozen, own = Lockstep(lm).run(lm, [(ids, query), (ids, query)], (ids, query), lambda t, s, head: (t, s))
+    lockstep = Lockstep(lm)
+    lockstep.dequantised.devices = ("cpu", "cuda")
+    frozen, own = lockstep.run(lm, [(ids, query), (ids, query)], (ids, query), lambda t, s, head: (t, s))
     assert sorted(map(weights.index, dequantised)) == list(range(len(weights)))
     assert all(w._whole is None for w in weights)
     torch.testing.assert_close((frozen, own), (teacher, student))
