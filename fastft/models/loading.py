@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from fastft.errors import ModelError
+from fastft.memory import apart
 from fastft.models import flash
 from fastft.models.attention import implementation
 from fastft.models.checkpoint import Checkpoint, RandomWeights, StoredWeights
@@ -72,16 +73,8 @@ def _convert_packaged(name: str, cache_dir: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=filename)
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=filename, dtype=torch.float32)
-        # transformers keeps a GGUF model marked as quantised; a plain model of the same class is rebuilt from it.
-        config = loaded.config
-        del config.quantization_config
-        plain = type(loaded)(config)
-        plain.load_state_dict(loaded.state_dict())
-        # The file holds 4-bit weights: bfloat16 keeps them to within a 16th of their quantisation step.
-        plain.to(torch.bfloat16).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        with apart():  # done once: no part of what a run takes
+            _convert_gguf(source, filename, partial)
         try:
             os.replace(partial, target)
         except OSError:
@@ -90,6 +83,20 @@ def _convert_packaged(name: str, cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _convert_gguf(source: Path, filename: str, folder: Path) -> None:
+    """The model of a GGUF file in bfloat16, and its tokenizer, as `save_pretrained` writes them."""
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=filename)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=filename, dtype=torch.float32)
+    # transformers keeps a GGUF model marked as quantised; a plain model of the same class is rebuilt from it.
+    config = loaded.config
+    del config.quantization_config
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    # The file holds 4-bit weights: bfloat16 keeps them to within a 16th of their quantisation step.
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False):
