@@ -90,7 +90,8 @@ def main() -> None:
         found = {"date": date.today().isoformat(), "command": shlex.join(sys.argv), "packages": packages}
         found |= {"device": common.device_name("cuda" if torch.cuda.is_available() else "cpu"), "tokens": length}
         found |= {"window": a.window, "config": resolved.model_dump(mode="json"), "summary": summary}
-        a.json.write_text(json.dumps(found, indent=2) + "\n")
+        # Names within the temporary folder, which is gone.
+        a.json.write_text(json.dumps(found, indent=2).replace(f"{folder}/", "") + "\n")
 
 
 if __name__ == "__main__":
