@@ -118,7 +118,8 @@ class QuantizedFiles:
         for unit in units:
             tensors = dict(self._pack(name, tensor) for name, tensor in self._parameters(unit))
             with replaced(self._path(unit)) as partial:
-                save_file(tensors, partial, metadata={"format": "pt", "quantization": self.kind})
+                # One entry: several would stand in any order, and the same weights have another digest each time.
+                save_file(tensors, partial, metadata={"quantization": self.kind})
             del tensors
             advance()
 
