@@ -189,9 +189,8 @@ class Memory:
         if not self.device.is_cpu:
             host["adapters"] += copied
         if self.config.method == "distill" and self.config.distill.teacher == "online":
-            if (
-                device["dequantised"] and not self.device.is_cpu
-            ):  # a layer's weights stay so for the teacher and the student
+            # A GPU keeps a layer's weights so for the teacher and the student.
+            if device["dequantised"] and not self.device.is_cpu:
                 device["dequantised"] = self.counts.quantisable // self.counts.layers * self.itemsize
             device["prefix"] += min(
                 int(self.config.distill.context_cache_gib * 2**30), self._prefix_bytes(sum(self.workload.contexts))
