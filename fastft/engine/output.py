@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ RESULTS = (
     "nll.svg",
     "predictions.jsonl",
 )
+LOCK_PATIENCE_S = 10
 
 
 @contextmanager
@@ -48,35 +50,19 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks, out: Reporter) -
     """
     problem, checkpoint, lock = None, None, None
     if ranks.is_first:
-        existing = any((folder / name).exists() for name in RESULTS)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-            problem = f"output_dir={folder}: the folder holds something other than a run; choose another or empty it"
-        elif existing and config.resume == "auto":
-            checkpoint, damages = newest_intact(folder / "checkpoints")
-            for damage in damages:
-                out.line(f"damaged    {damage}; skipped")
-            if damages and checkpoint is None:
-                out.line("resume     no checkpoint is intact; the run begins anew")
-            elif checkpoint is None and (folder / "summary.json").is_file():
-                problem = f"output_dir={folder}: this run is complete; set overwrite=true to run it again"
-        elif existing and not config.overwrite:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            lock = _lock(folder, out)
+        except BlockingIOError:
             problem = (
-                f"output_dir={folder} holds another run; set resume=auto to go on with it, overwrite=true to "
-                "replace it, or choose another folder"
+                f"output_dir={folder}: another run is at work there; wait until it has ended, or choose another folder"
             )
-        if problem is None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-                lock = _lock(folder)
-            except BlockingIOError:
-                problem = (
-                    f"output_dir={folder}: another run is at work there; wait until it has ended, or choose another "
-                    "folder"
-                )
-            except OSError as error:
-                problem = f"output_dir={folder}: cannot be written: {error.strerror}"
+        except OSError as error:
+            problem = f"output_dir={folder}: cannot be written: {error.strerror}"
+        else:
+            problem, checkpoint = _what_is_there(config, folder, out)
     try:
         problem, checkpoint = ranks.gather((problem, checkpoint))[0]
         if problem:
@@ -89,20 +75,54 @@ def open_output_dir(config: Config, folder: Path, ranks: Ranks, out: Reporter) -
             os.close(lock)
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, out: Reporter) -> int:
     """A handle of the folder that holds its lock, which the kernel takes back when this process dies.
 
-    Raises BlockingIOError where another process has it. Some network file systems lock no folders: there is none then.
+    A killed run holds it until the last of its memory is freed, which for a large model takes seconds; so this waits
+    `LOCK_PATIENCE_S` for it.
+    Raises BlockingIOError where another process still has it then. Some network file systems lock no folders: there is
+    none then.
     """
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except OSError:
-        pass
-    return handle
+    begin, said = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = time.monotonic() - begin
+            if waited > LOCK_PATIENCE_S:
+                os.close(handle)
+                raise
+            if waited > 1 and not said:
+                out.line(f"wait       {folder}: another run is there; up to {LOCK_PATIENCE_S} s for it to end")
+                said = True
+            time.sleep(0.05)
+        except OSError:
+            return handle
+        else:
+            return handle
+
+
+def _what_is_there(config: Config, folder: Path, out: Reporter) -> tuple[str | None, Checkpoint | None]:
+    """Why a run may not begin in this folder, if it may not, and the checkpoint that it resumes from, if any."""
+    existing = any((folder / name).exists() for name in RESULTS)
+    if any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        return f"output_dir={folder}: the folder holds something other than a run; choose another or empty it", None
+    if existing and config.resume == "auto":
+        checkpoint, damages = newest_intact(folder / "checkpoints")
+        for damage in damages:
+            out.line(f"damaged    {damage}; skipped")
+        if damages and checkpoint is None:
+            out.line("resume     no checkpoint is intact; the run begins anew")
+        elif checkpoint is None and (folder / "summary.json").is_file():
+            return f"output_dir={folder}: this run is complete; set overwrite=true to run it again", None
+        return None, checkpoint
+    if existing and not config.overwrite:
+        return (
+            f"output_dir={folder} holds another run; set resume=auto to go on with it, overwrite=true to replace it, "
+            "or choose another folder"
+        ), None
+    return None, None
 
 
 def begin_results(config: Config, folder: Path, checkpoint: Checkpoint | None) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -431,11 +434,26 @@ def test_a_report_that_cannot_be_drawn_costs_no_results(base_config, launch, mon
     assert summary_of(raw)["steps"] == 1
 
 
-def test_a_run_at_work_in_the_folder_is_left_alone(base_config, launch):
+def test_a_run_at_work_in_the_folder_is_left_alone(base_config, launch, monkeypatch):
+    monkeypatch.setattr(output, "LOCK_PATIENCE_S", 2)
     raw = base_config()
     folder = Path(raw["output_dir"])
     folder.mkdir()
     with output.open_output_dir(validate(raw), folder, Ranks(0, 1), Reporter(enabled=False)):
         refused = launch(raw)
         assert refused.returncode == 1 and "another run is at work there; wait until it has ended" in refused.stderr
+        assert "another run is there; up to 2 s" in refused.stdout
     ok(launch(raw))
+
+
+def test_a_killed_runs_lock_is_waited_for(base_config, launch):
+    """The kernel takes the lock back when the last of a killed run's memory is freed, a moment after the kill."""
+    raw = base_config()
+    folder = Path(raw["output_dir"])
+    folder.mkdir()
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    late = threading.Timer(0.5, os.close, (handle,))
+    late.start()
+    ok(launch(raw))
+    late.join()
