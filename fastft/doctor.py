@@ -16,6 +16,7 @@ from rich.table import Table
 import fastft
 from fastft import ops
 from fastft.models import flash
+from fastft.ops import products
 
 PACKAGES = (
     "torch",
@@ -55,6 +56,7 @@ def collect() -> dict[str, Any]:
         "extension": build,
         "attention": _attention(bool(gpus)),
         "kernels": _kernels(build, bool(gpus)),
+        "products": _products(),
     }
 
 
@@ -82,6 +84,8 @@ def doctor(*, as_json: bool) -> int:
         table.add_row(f"attention: {name}", text)
     for name, text in found["kernels"].items():
         table.add_row(f"kernels: {name}", text)
+    for name, text in found["products"].items():
+        table.add_row(f"products: {name}", text)
     console.print(table)
     return 0 if found["extension"]["built"] else 1
 
@@ -115,6 +119,13 @@ def _kernels(build: dict[str, Any], gpu: bool) -> dict[str, str]:
     cuda = "built; " if build["cuda"] else f"not built: {build['cuda_reason']}; "
     cuda += "used for tensors on a GPU" if gpu else "no GPU is visible, so not used"
     return {"cpu": f"{build['cpu_capability']}, used for tensors on the CPU", "cuda": cuda}
+
+
+def _products() -> dict[str, str]:
+    """How matrices of 16 bits are multiplied on the CPU."""
+    widened = "in float32, a block at a time: this processor has no instructions that torch uses for it"
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    return {name: widened if dtype in products.WIDENED else "torch's, on the CPU" for name, dtype in dtypes.items()}
 
 
 def _gpu_text(gpus: list[dict[str, Any]]) -> str:

@@ -25,7 +25,7 @@ from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.causal import Job, PackedCausalLM
 from fastft.models.generation import generate
 from fastft.models.text import Text
-from fastft.ops import linear_log_softmax_kl, linear_topk_kl
+from fastft.ops import linear_log_softmax_kl, linear_topk_kl, products
 from fastft.profiling import phase
 from fastft.tasks import Document
 
@@ -217,7 +217,7 @@ def top_k_log_probs(
     """
     ids, log_probs = [], []
     for rows in hidden.split(chunk_rows):
-        logits = (rows @ weight.t()).float()
+        logits = products.mm(rows, weight.t()).float()
         top, index = logits.topk(k, dim=-1)
         ids.append(index.int())
         log_probs.append(top - logits.logsumexp(-1, keepdim=True))

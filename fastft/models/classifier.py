@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from fastft.models.causal import Head, HeadFn, R
+from fastft.ops import products
 
 DROPOUT_RATES = ("dropout", "hidden_dropout", "resid_pdrop")  # what models call that of their hidden states
 
@@ -24,7 +25,7 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, **factory))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return products.linear(x, self.weight, self.bias)
 
 
 class MlpClassifier(nn.Module):
@@ -58,7 +59,7 @@ class MlpHead(Head):
         self.dropout = classifier.dropout
 
     def forward(self, hidden: torch.Tensor, head_fn: HeadFn[R]) -> R:
-        features = F.relu(F.linear(hidden, self.dense_weight, self.dense_bias))
+        features = F.relu(products.linear(hidden, self.dense_weight, self.dense_bias))
         features = F.dropout(features, self.dropout, self.training)
         features = torch.cat([features, features.new_ones(len(features), 1)], dim=-1)
         return head_fn(features, torch.cat([self.weight, self.bias[:, None]], dim=-1))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastft.models.gated_mlp import fuse_gated_mlps
+from fastft.models.linears import fuse_linears
 from fastft.models.norms import fuse_norms
 from fastft.models.rotary import fuse_rotary
 
@@ -16,3 +17,4 @@ def fuse(model: nn.Module) -> None:
         fuse_norms(model)
         fuse_rotary(model)
         fuse_gated_mlps(model)
+        fuse_linears(model)

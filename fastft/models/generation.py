@@ -12,6 +12,7 @@ import torch
 from fastft.distributed import Ranks
 from fastft.models.attention import DecodeCache, PackedSequences, Prefix
 from fastft.models.causal import PackedCausalLM
+from fastft.ops import products
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def generate(
         packed = PackedSequences([len(t) for t in tokens], prefixes=groups, cache=cache, device=device)
         input_ids = torch.tensor([t for sequence in tokens for t in sequence], device=device)[None]
         last = torch.tensor(packed.lengths, device=device).cumsum(0) - 1
-        logits = lm(input_ids, packed, lambda hidden, weight, last=last: (hidden[last] @ weight.t()).float())
+        logits = lm(input_ids, packed, lambda hidden, weight, last=last: products.mm(hidden[last], weight.t()).float())
         packed.advance()
         if temperature == 0:
             chosen = logits.argmax(-1)
@@ -88,7 +89,7 @@ def _accompany(lm: PackedCausalLM, steps: int, prefix: Prefix | None, cache: Dec
     for _ in range(steps):
         groups = None if prefix is None else [(prefix, 1)]
         packed = PackedSequences([1], prefixes=groups, cache=cache, device=lm.device)
-        lm(token, packed, lambda hidden, weight: hidden @ weight.t())
+        lm(token, packed, lambda hidden, weight: products.mm(hidden, weight.t()))
         packed.advance()
         if ranks.all(True):
             break

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastft.ops import _extension
+from fastft.ops import _extension, products
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
@@ -28,17 +29,25 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_float(op: str, name: str, x: Tensor) -> None:
+def _check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
+    # An op registered with torch.library would drop the tangent of a tensor that does not require grad.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"{op}: {name} has a tangent, and {op} has no forward-mode derivative; use fastft.ops.reference.{op}"
+        )
+
+
+def check_float(op: str, name: str, x: Tensor) -> None:
+    _check_tensor(op, name, x)
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{op}: {name} is {x.dtype}, expected one of {', '.join(str(d) for d in FLOAT_DTYPES)}")
 
 
 def check_like(op: str, name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
     """Same device, and same dtype unless told otherwise."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
+    _check_tensor(op, name, x)
     if dtype and x.dtype != other.dtype:
         raise ValueError(f"{op}: {name} is {x.dtype}, expected {other.dtype} like {other_name}")
     if x.device != other.device:
@@ -171,11 +180,11 @@ class HeadGradients:
 
     def add(self, grad_logits: Tensor, part: slice) -> None:
         if self.hidden_grad is not None:
-            torch.mm(grad_logits, self.weight, out=self.hidden_grad[part])
+            products.mm(grad_logits, self.weight, out=self.hidden_grad[part])
         if self.weight_sum is not None:
             hidden = self.hidden[part]
             scaled = (hidden * self.row_scale[part, None]).to(hidden.dtype)
-            self.weight_sum += torch.mm(grad_logits.t(), scaled)
+            self.weight_sum += products.mm(grad_logits.t(), scaled)
 
     def results(self) -> tuple[Tensor, Tensor]:
         hidden_grad = self.hidden.new_empty(0) if self.hidden_grad is None else self.hidden_grad

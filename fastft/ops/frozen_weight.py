@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastft.ops import _extension
+from fastft.ops import _extension, products
 from fastft.ops._common import check_float, refuse_create_graph
 
 # Of a quantised weight, so much is dequantised at a time: large enough for the product to run at full speed, small
@@ -171,7 +171,7 @@ def quantise_4bit(x: Tensor, code: Tensor, block: int = 64) -> tuple[Tensor, Ten
 def linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Tensor:
     """x [M, K] @ weight.T [K, N] + bias [N]"""
     if not isinstance(weight, FrozenWeight):
-        return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        return products.mm(x, weight.t()) if bias is None else products.addmm(bias, x, weight.t())
     y = x.new_empty(x.shape[0], weight.shape[0])
     for begin, end, tile in weight.tiles(x):
         y[:, begin:end] = linear(x, tile, None if bias is None else bias[begin:end])
@@ -181,7 +181,7 @@ def linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> Ten
 def add_linear(y: Tensor, x: Tensor, weight: Tensor | FrozenWeight) -> None:
     """y [M, N] += x [M, K] @ weight.T, in the product's own epilogue."""
     if not isinstance(weight, FrozenWeight):
-        y.addmm_(x, weight.t())
+        products.addmm_(y, x, weight.t())
         return
     for begin, end, tile in weight.tiles(x):
         add_linear(y[:, begin:end], x, tile)
@@ -190,7 +190,7 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor | FrozenWeight) -> None:
 def add_input_grad(dx: Tensor | None, dy: Tensor, weight: Tensor | FrozenWeight) -> Tensor:
     """dx + dy [M, N] @ weight [N, K], in place where there is a dx."""
     if not isinstance(weight, FrozenWeight):
-        return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+        return products.mm(dy, weight) if dx is None else products.addmm_(dx, dy, weight)
     for begin, end, tile in weight.tiles(dy):
         dx = add_input_grad(dx, dy[:, begin:end], tile)
     return dy.new_zeros(dy.shape[0], weight.shape[1]) if dx is None else dx
@@ -211,7 +211,7 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None 
         raise ValueError(f"frozen_linear: bias is {list(bias.shape)}, expected [{N}]")
     grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if not isinstance(weight, FrozenWeight) and (not grad or weight.requires_grad):
-        return torch.nn.functional.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)

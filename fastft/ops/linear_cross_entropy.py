@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastft.ops import _extension
+from fastft.ops import _extension, products
 from fastft.ops._common import (
     REDUCTIONS,
     HeadGradients,
@@ -97,7 +97,7 @@ def _kernel(
     grads = HeadGradients(hidden, weight, row_weights, reduction, hidden_grad, weight_grad)
     for part in chunks(rows, size):
         chunk = logits[: part.stop - part.start]
-        torch.mm(hidden[part], weight.t(), out=chunk)
+        products.mm(hidden[part], weight.t(), out=chunk)
         torch.ops.fastft.cross_entropy_rows(chunk, labels[part], nll[part], ignore_index, grads.wanted)
         grads.add(chunk, part)
     return *reduce_rows(nll, row_weights, reduction), *grads.results()

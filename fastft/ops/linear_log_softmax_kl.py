@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastft.ops import _extension
+from fastft.ops import _extension, products
 from fastft.ops._common import (
     REDUCTIONS,
     HeadGradients,
@@ -128,10 +128,10 @@ def _kernel(
         if teacher_weight is None:
             pair[:n] = student_hidden[part]
             pair[n : 2 * n] = teacher_hidden[part]
-            torch.mm(pair[: 2 * n], weight.t(), out=logits[: 2 * n])
+            products.mm(pair[: 2 * n], weight.t(), out=logits[: 2 * n])
         else:
-            torch.mm(student_hidden[part], weight.t(), out=student_logits)
-            torch.mm(teacher_hidden[part], teacher_weight.t(), out=teacher_logits)
+            products.mm(student_hidden[part], weight.t(), out=student_logits)
+            products.mm(teacher_hidden[part], teacher_weight.t(), out=teacher_logits)
         torch.ops.fastft.log_softmax_kl_rows(
             student_logits,
             teacher_logits,

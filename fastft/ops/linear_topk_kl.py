@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastft.ops import _extension
+from fastft.ops import _extension, products
 from fastft.ops._common import (
     REDUCTIONS,
     HeadGradients,
@@ -153,7 +153,7 @@ def _kernel(
     grads = HeadGradients(student_hidden, weight, weights, reduction, hidden_grad, weight_grad)
     for part in chunks(rows, size):
         chunk = logits[: part.stop - part.start]
-        torch.mm(student_hidden[part], weight.t(), out=chunk)
+        products.mm(student_hidden[part], weight.t(), out=chunk)
         torch.ops.fastft.topk_kl_rows(
             chunk,
             topk_ids[part],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastft.ops import _extension
+from fastft.ops import _extension, products
 from fastft.ops._common import check_float, check_like, refuse_create_graph, shape_of
 from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, add_linear, linear
 
@@ -129,7 +129,7 @@ def _check(x: Tensor, weights, lora_As, lora_Bs, biases, *, same_dtype: bool) ->
 def _down(x: Tensor, a: Tensor, scaling: float, u: Tensor, form: str) -> None:
     """u = scaling * x @ a.T"""
     if form == "products":
-        u.copy_(torch.mm(x, a.t()).mul_(scaling))
+        u.copy_(products.mm(x, a.t()).mul_(scaling))
     else:
         torch.ops.fastft.lora_down.default(x, a, scaling, u)
 
@@ -138,14 +138,14 @@ def _down_outer(y: Tensor, a: Tensor, scaling: float, du: Tensor, u: Tensor, for
     """du = scaling * y @ a.T; y.T @ u"""
     if form == "products":
         _down(y, a, scaling, du, form)
-        return torch.mm(y.t(), u)
+        return products.mm(y.t(), u)
     return torch.ops.fastft.lora_down_outer.default(y, a, scaling, du, u)
 
 
 def _up(y: Tensor, u: Tensor, b: Tensor, form: str) -> None:
     """y += u @ b.T"""
     if form == "products":
-        y.addmm_(u, b.t())
+        products.addmm_(y, u, b.t())
     else:
         torch.ops.fastft.lora_up.default(y, u, b)
 
@@ -154,7 +154,7 @@ def _outer(u: Tensor, y: Tensor, transposed: bool, form: str) -> Tensor:
     """u.T @ y, or its transpose"""
     if form != "products":
         return torch.ops.fastft.lora_outer.default(u, y, transposed)
-    return torch.mm(y.t(), u) if transposed else torch.mm(u.t(), y)
+    return products.mm(y.t(), u) if transposed else products.mm(u.t(), y)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class _LoraLinears(torch.autograd.Function):
             # Each in memory of its own: a view would keep the other layers' alive.
             dAs = [dA] if n == 1 else [part.clone() for part in dA.split([A.shape[0] for A in As])]
         if need_du and need_x:
-            dx = torch.mm(du, _stacked(As)) if form == "epilogue" else None
+            dx = products.mm(du, _stacked(As)) if form == "epilogue" else None
             for i in used:
                 dx = add_input_grad(dx, dys[i], weights[i])
             if form != "epilogue":
@@ -237,7 +237,7 @@ class _LoraLinears(torch.autograd.Function):
             dx = dx if len(shape) == 2 else dx.view(shape)
         for i in used:
             if need_weight[i]:
-                dWs[i] = torch.mm(dys[i].t(), rows)
+                dWs[i] = products.mm(dys[i].t(), rows)
             if need_bias[i]:
                 dbs[i] = dys[i].sum(0)
         return dx, None, None, None, *dWs, *dAs, *dBs, *dbs

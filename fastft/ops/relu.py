@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastft.ops import _extension
-from fastft.ops._common import check_float, wants_grad
+from fastft.ops._common import FLOAT_DTYPES, check_float, wants_grad
 
 
 def relu(x: Tensor) -> Tensor:
@@ -18,9 +18,9 @@ def relu(x: Tensor) -> Tensor:
     gradient is needed it is torch.relu.
     Raises ValueError for another dtype.
     """
-    check_float("relu", "x", x)
-    if not wants_grad(x):
+    if isinstance(x, Tensor) and x.dtype in FLOAT_DTYPES and not wants_grad(x):
         return torch.relu(x)
+    check_float("relu", "x", x)
     _extension.load()
     return torch.ops.fastft.relu(x.contiguous())[0]
 

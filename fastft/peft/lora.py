@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastft.errors import ModelError
 from fastft.models.quantized import QuantizedLinear
-from fastft.ops import frozen_linear, lora_linear, lora_linears
+from fastft.ops import frozen_linear, lora_linear, lora_linears, products
 from fastft.peft.switch import adapter_is_off
 
 # Siblings that models call one after the other with the same input.
@@ -72,9 +72,9 @@ class BottleneckLinear(LoraLinear):
         out = frozen_linear(x, self.weight, self.bias)
         if adapter_is_off():
             return out
-        bottleneck = self.activation(F.linear(x, self.lora_A, self.lora_A_bias))
+        bottleneck = self.activation(products.linear(x, self.lora_A, self.lora_A_bias))
         scaling = self.scaling if self.lora_scale is None else self.scaling * self.lora_scale
-        return out + scaling * F.linear(bottleneck, self.lora_B, self.lora_B_bias)
+        return out + scaling * products.linear(bottleneck, self.lora_B, self.lora_B_bias)
 
 
 class SharedInput:

@@ -115,11 +115,13 @@ def _words(title: str) -> set[str]:
 @functools.lru_cache
 def _cpu(dtype: str) -> Device:
     """This machine's processor, by its own products [512, 2048] @ [2048, 2048] and copies of 64 MiB, best of five."""
+    from fastft.ops.products import mm
+
     a = torch.ones(512, 2048, dtype=getattr(torch, dtype))
     b = torch.ones(2048, 2048, dtype=a.dtype)
     x = torch.zeros(64 * MIB, dtype=torch.uint8)
     y = torch.zeros_like(x)
-    flops = 2 * 512 * 2048 * 2048 / _best_seconds(lambda: a @ b)
+    flops = 2 * 512 * 2048 * 2048 / _best_seconds(lambda: mm(a, b))
     bandwidth = 2 * x.numel() / _best_seconds(lambda: y.copy_(x))
     threads = torch.get_num_threads()
     return Device(

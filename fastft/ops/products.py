@@ -1,0 +1,123 @@
+"""Matrix products of 16-bit tensors where the processor has no instructions for them.
+
+On a CPU torch has fast 16-bit products only where oneDNN has: bfloat16 needs AVX-512, float16 AVX-512 FP16 or AMX.
+Elsewhere its own loops take over, which on AVX2 are 5 (x @ w.T) to 100 times (x @ w) slower than float32. There the
+products of this file convert one operand a block at a time, the other a block of rows at a time, multiply in float32
+and round once: the speed of float32 at the memory of 16 bits, and results that are rounded as oneDNN's are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 2**19  # elements that are converted at a time: 2 MiB of float32, a core's share of the last cache
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies CPU matrices of this dtype at the speed that the processor has for it."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in supported or getattr(torch.ops.mkldnn, supported[dtype])()
+
+
+WIDENED = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if not _has_products(dtype))
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of x are computed in float32, block by block."""
+    return x.dtype in WIDENED and x.is_cpu
+
+
+def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """a [M, K] @ b [K, N] -> [M, N] in their dtype, as torch.mm."""
+    if not widens(a) or _is_recorded(a, b):
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1])
+    return _widened(out, a, b, accumulate=False)
+
+
+def addmm(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y [M, N] or [N] + a [M, K] @ b [K, N], rounded once (a single row may be twice), as torch.addmm."""
+    if not widens(a) or _is_recorded(y, a, b):
+        return torch.addmm(y, a, b)
+    return _widened(y.expand(a.shape[0], b.shape[1]).clone(), a, b, accumulate=True)
+
+
+def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y [M, N] += a [M, K] @ b [K, N], rounded as in `addmm`, as Tensor.addmm_."""
+    if not widens(a) or _is_recorded(y, a, b):
+        return y.addmm_(a, b)
+    return _widened(y, a, b, accumulate=True)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N], with gradients, as torch.nn.functional.linear.
+
+    Where products are widened it is not twice differentiable: RuntimeError in a backward with create_graph.
+    """
+    if not widens(x) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    """Whether somebody is to differentiate or compile the product: then it is one of torch's."""
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return recorded or torch.compiler.is_compiling()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        # The parameter itself: under ZeRO-3 its data come and go.
+        ctx.weight = weight
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        rows = x.reshape(-1, x.shape[-1])
+        y = mm(rows, weight.t()) if bias is None else addmm(bias, rows, weight.t())
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            raise RuntimeError("products.linear is not twice differentiable where products are widened: use float32")
+        rows, (x,) = dy.reshape(-1, dy.shape[-1]), ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        dx = mm(rows, ctx.weight).view(*dy.shape[:-1], ctx.weight.shape[1]) if need_x else None
+        dw = mm(rows.t(), x.reshape(-1, x.shape[-1])) if need_weight else None
+        return dx, dw, rows.sum(0) if need_bias else None
+
+
+def _widened(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> Tensor:
+    (M, K), N = a.shape, b.shape[1]
+    if M == 1:  # torch's own loops read b once, at the speed of memory
+        out[0] = torch.addmv(out[0], b.t(), a[0]) if accumulate else torch.mv(b.t(), a[0])
+        return out
+    narrow = max(1, min(K, N))
+    rows, step = max(1, 2 * BLOCK // narrow), max(1, BLOCK // narrow)
+    # Each buffer is used again for every block: fresh pages would cost as much as the conversion.
+    block, sums = torch.empty(min(step, max(K, N)) * narrow), torch.empty(min(rows, M) * min(step if K <= N else N, N))
+    for begin in range(0, M, rows):
+        top, y = a[begin : begin + rows], out[begin : begin + rows]
+        if K <= N:  # a block of columns: their sums are complete
+            top = top.float()
+            for n in range(0, N, step):
+                part = y[:, n : n + step]
+                total = sums[: part.numel()].view(part.shape)
+                torch.mm(top, _float(b[:, n : n + step], block), out=total)
+                part.copy_(total.add_(part) if accumulate else total)
+        else:  # a block of terms: their sums go on in float32
+            total = sums[: y.numel()].view(y.shape)
+            total.copy_(y) if accumulate else total.zero_()
+            for k in range(0, K, step):
+                total.addmm_(top[:, k : k + step].float(), _float(b[k : k + step], block))
+            y.copy_(total)
+    return out
+
+
+def _float(x: Tensor, buffer: Tensor) -> Tensor:
+    """x in float32, in the buffer's memory, in the order of its own."""
+    if x.stride(0) < x.stride(1):
+        return _float(x.t(), buffer).t()
+    return buffer[: x.numel()].view(x.shape).copy_(x)
