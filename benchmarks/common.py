@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from fastft.ops import products
 from fastft.plan import hardware
 
 OURS = "fastft"
@@ -53,7 +54,9 @@ class Case:
 def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    p.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    # Where bfloat16 products are torch's own loops, a peer's call takes minutes.
+    slow = not torch.cuda.is_available() and torch.bfloat16 in products.WIDENED
+    p.add_argument("--dtype", default="float32" if slow else "bfloat16", choices=list(DTYPES))
     p.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     p.add_argument("--rounds", type=int, help="timed rounds (default 7 on the CPU, 30 on CUDA)")
     p.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")

@@ -2,8 +2,8 @@
 
 python benchmarks/compare.py NEW [KEPT] [--all] [--fail]
 
-NEW and KEPT are results of benchmarks/run_all.py or rows of one script; KEPT is docs/benchmarks/kept-cpu.json (or
--cuda.json) where it is not named. Rows are the same measurement where name, impl, shape, dtype and device are. Exit
+NEW and KEPT are results of benchmarks/run_all.py or rows of one script; KEPT is docs/benchmarks/kept-cuda.json, or
+kept-cpu-avx512_bf16.json, -avx512, -avx2 (the instructions that fastft uses here), where it is not named. Rows are the same measurement where name, impl, shape, dtype and device are. Exit
 code 0; with --fail 1 where a row of ours became slower.
 
 **What is compared.** Machines are shared and differ from hour to hour, and one slow hour hits all implementations of a
@@ -71,8 +71,11 @@ class Change:
 
 
 def kept(device: str) -> Path:
-    """The result that the repository keeps for a kind of device."""
-    return ROOT / "docs" / "benchmarks" / f"kept-{device}.json"
+    """The result that the repository keeps for a kind of device: for a CPU, one for each set of instructions."""
+    from fastft import ops  # with torch, which comparing two files does without
+
+    kind = f"cpu-{ops.cpu_capability() or 'none'}" if device == "cpu" else device
+    return ROOT / "docs" / "benchmarks" / f"kept-{kind}.json"
 
 
 def read(path: Path) -> dict[Key, dict]:

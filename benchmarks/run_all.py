@@ -7,8 +7,8 @@ python benchmarks/run_all.py [--quick] [--keep] [--only kl lora] [--json FILE] [
 
 Every part is one run of a script. The result is a file of parts, {"parts": {name: {command, date, seconds, machine,
 versions, busy_elsewhere, rows}}}; rows are those of benchmarks/common.py, busy_elsewhere is the share of the cores that
-other processes took meanwhile. `--keep` replaces the parts that ran in docs/benchmarks/kept-cpu.json (or
-kept-cuda.json), which `compare.py` reads as well. A part that fails keeps nothing, and the exit code is 1.
+other processes took meanwhile. `--keep` replaces the parts that ran in docs/benchmarks/kept-cuda.json or
+kept-cpu-CAPABILITY.json, which `compare.py` reads as well. A part that fails keeps nothing, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import compare
 import gpu_suite
+
+from fastft import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = ("log_softmax_kl", "linear_topk_kl", "linear_cross_entropy")  # of names that contain one of these
@@ -107,6 +109,7 @@ def machine() -> dict[str, object]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": common.device_name("cpu").partition(",")[0],
+        "cpu_capability": ops.cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": gpu,

@@ -32,11 +32,11 @@ def own(files: dict[str, str] | None, **values) -> DataConfig:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [
+    [  # mtime: the bytes are part of the test's name, which every worker is to find alike
         ("a.jsonl", JSONL.encode()),
-        ("a.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)),
         ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
-        ("a.csv.gz", gzip.compress(CSV.encode())),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         (
             "a.tsv",
             CSV.replace('"Dull, and\nlong."', '"Dull; and\nlong."').replace(",", "\t").replace(";", ",").encode(),
