@@ -3,8 +3,9 @@
 python benchmarks/compare.py NEW [KEPT] [--all] [--fail]
 
 NEW and KEPT are results of benchmarks/run_all.py or rows of one script; KEPT is docs/benchmarks/kept-cuda.json, or
-kept-cpu-avx512_bf16.json, -avx512, -avx2 (the instructions that fastft uses here), where it is not named. Rows are the same measurement where name, impl, shape, dtype and device are. Exit
-code 0; with --fail 1 where a row of ours became slower.
+kept-cpu-avx512_bf16.json, -avx512, -avx2 (the instructions that fastft uses here), where it is not named. Rows are the
+same measurement where name, impl, shape, dtype and device are. Exit code 0; with --fail 1 where a row of ours became
+slower.
 
 **What is compared.** Machines are shared and differ from hour to hour, and one slow hour hits all implementations of a
 case alike: they run in alternating rounds. So a row's figure is the logarithm of its median over the middle one of the

@@ -2,8 +2,9 @@
 
 python benchmarks/plots.py [RESULT] [--out docs/benchmarks/plots]
 
-RESULT is docs/benchmarks/kept-cpu-avx512_bf16.json where it is not named. Lines are medians, bands the 20th to 80th percentile of
-the rounds; memory is what a call needs beyond its inputs. Dashed and grey: part of the work alone, or other work.
+RESULT is docs/benchmarks/kept-cpu-avx512_bf16.json where it is not named. Lines are medians, bands the 20th to 80th
+percentile of the rounds; memory is what a call needs beyond its inputs. Dashed and grey: part of the work alone, or
+other work.
 """
 
 from __future__ import annotations
