@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 BLOCK = 2**19  # elements that are converted at a time: 2 MiB of float32, a core's share of the last cache
 
@@ -25,8 +26,8 @@ WIDENED = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if not _has_p
 
 
 def widens(x: Tensor) -> bool:
-    """Whether products of x are computed in float32, block by block."""
-    return x.dtype in WIDENED and x.is_cpu
+    """Whether products of x are computed in float32, block by block; those of tensors without data never are."""
+    return x.dtype in WIDENED and x.is_cpu and not isinstance(x, FakeTensor)
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:

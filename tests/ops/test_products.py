@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastft.models.linears import fuse_linears
 from fastft.ops import frozen_linear, linear_log_softmax_kl, products, reference
@@ -89,7 +90,7 @@ def test_what_is_to_be_differentiated_is_torchs():
     assert products.mm(a.double(), b.double()).grad_fn is not None
 
 
-def test_float32_and_other_devices_are_torchs(monkeypatch):
+def test_float32_other_devices_and_tensors_without_data_are_torchs(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError
 
@@ -98,6 +99,9 @@ def test_float32_and_other_devices_are_torchs(monkeypatch):
     torch.testing.assert_close(products.mm(a, a), a @ a)
     meta = torch.empty(4, 4, dtype=torch.bfloat16, device="meta")
     assert products.mm(meta, meta).shape == (4, 4)
+    with FakeTensorMode():  # the planner's
+        fake = torch.empty(4, 4, dtype=torch.bfloat16)
+        assert products.linear(fake, fake).shape == products.addmm(fake, fake, fake).shape == (4, 4)
 
 
 def test_ops_use_them():
