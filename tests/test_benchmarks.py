@@ -24,7 +24,8 @@ def script(monkeypatch):
 
 
 def test_every_benchmark_is_run_on_every_device(script):
-    assert set(script("gpu_suite").BENCHES) == SCRIPTS - {"bench_quantise"}  # bitsandbytes quantises on a GPU
+    # On a GPU bitsandbytes quantises, and there are 16-bit products.
+    assert set(script("gpu_suite").BENCHES) == SCRIPTS - {"bench_quantise", "bench_products"}
     assert {part.script for part in script("run_all").parts_of("cpu").values()} == SCRIPTS
     assert {part.script for part in script("run_all").parts_of("cuda").values()} == SCRIPTS - {"bench_quantise"}
 
@@ -143,7 +144,12 @@ def test_quantising_is_that_of_bitsandbytes(script, tmp_path, monkeypatch):
     assert len(rows) == 8 and not [row["error"] for row in rows if row["error"]]
 
 
-OPS = {path.stem for path in (ROOT / "fastft/ops").glob("[a-z]*.py")} - {"reference", "index_check", "frozen_weight"}
+OPS = {path.stem for path in (ROOT / "fastft/ops").glob("[a-z]*.py")} - {
+    "reference",
+    "index_check",
+    "frozen_weight",
+    "products",
+}
 KERNELS = {"kl", "lora_linear", "bias_adamw", "attention", "quantise", "elementwise", "norms", "relu"}
 
 

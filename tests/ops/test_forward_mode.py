@@ -35,8 +35,6 @@ def test_a_tangent_is_not_dropped(op, requires_grad):
         torch.func.jvp(CASES[op], (x,), (torch.ones(4, 16),))
 
 
-@pytest.mark.parametrize("op", [ops.relu, lambda x: ops.frozen_linear(x, HEAD)])
-def test_what_has_one_gives_it(op):
-    x = torch.randn(4, 16, dtype=torch.float32)
-    plain = torch.func.jvp(lambda x: x.relu() if op is ops.relu else x @ HEAD.T, (x,), (OTHER,))
-    torch.testing.assert_close(torch.func.jvp(op, (x,), (OTHER,)), plain)
+def test_relu_without_gradient_has_one():
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(torch.func.jvp(ops.relu, (x,), (OTHER,)), torch.func.jvp(torch.relu, (x,), (OTHER,)))

@@ -139,7 +139,10 @@ def test_sizes_around_the_vector_width_in_every_capability(capability, dtype):
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(device, direction, rows):
     for reduction in ("mean", "sum", "none"):
-        check(inputs(rows, 65, torch.float32, device), torch.float32, direction=direction, reduction=reduction)
+        # The gradient of one row, unlike forward's, is a difference of logarithms of size 1 and more.
+        terms = 0.0 if direction == "forward" else 1.0
+        tensors = inputs(rows, 65, torch.float32, device)
+        check(tensors, torch.float32, direction=direction, reduction=reduction, terms=terms)
 
 
 def test_leading_dimensions(device):
