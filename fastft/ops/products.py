@@ -32,7 +32,7 @@ def widens(x: Tensor) -> bool:
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """a [M, K] @ b [K, N] -> [M, N] in their dtype, as torch.mm."""
-    if not widens(a) or _is_recorded(a, b):
+    if not _takes(a, b):
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1])
@@ -41,14 +41,14 @@ def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 def addmm(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y [M, N] or [N] + a [M, K] @ b [K, N], rounded once (a single row may be twice), as torch.addmm."""
-    if not widens(a) or _is_recorded(y, a, b):
+    if not _takes(a, b, y):
         return torch.addmm(y, a, b)
     return _widened(y.expand(a.shape[0], b.shape[1]).clone(), a, b, accumulate=True)
 
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y [M, N] += a [M, K] @ b [K, N], rounded as in `addmm`, as Tensor.addmm_."""
-    if not widens(a) or _is_recorded(y, a, b):
+    if not _takes(a, b, y):
         return y.addmm_(a, b)
     return _widened(y, a, b, accumulate=True)
 
@@ -63,10 +63,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, weight, bias)
 
 
-def _is_recorded(*tensors: Tensor) -> bool:
-    """Whether somebody is to differentiate or compile the product: then it is one of torch's."""
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return recorded or torch.compiler.is_compiling()
+def _takes(a: Tensor, b: Tensor, *added: Tensor) -> bool:
+    """Whether a @ b is to be widened. Torch has what does not fit together, for its message; what is to be
+    differentiated, for its gradient; and what is being compiled.
+    """
+    tensors = (a, b, *added)
+    return (
+        widens(a)
+        and all(t.dtype == a.dtype and t.is_cpu for t in tensors)
+        and a.shape[1] == b.shape[0]
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _Linear(torch.autograd.Function):
