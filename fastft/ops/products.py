@@ -19,7 +19,7 @@ BLOCK = 2**19  # elements that are converted at a time: 2 MiB of float32, a core
 def _has_products(dtype: torch.dtype) -> bool:
     """Whether torch multiplies CPU matrices of this dtype at the speed that the processor has for it."""
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in supported or getattr(torch.ops.mkldnn, supported[dtype])()
+    return dtype not in supported or getattr(torch.ops.mkldnn, supported[dtype], lambda: False)()
 
 
 WIDENED = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if not _has_products(dtype))
