@@ -116,7 +116,7 @@ def test_two_nodes_with_ssh_give_the_numbers_of_one(base_config, launch, tmp_pat
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -142,7 +142,7 @@ def test_two_nodes_without_ssh_give_the_numbers_of_one(base_config, launch, tmp_
             )
         )
     try:
-        printed = [process.communicate(timeout=240)[0] for process in running]
+        printed = [process.communicate(timeout=480)[0] for process in running]
     finally:
         for process in running:
             process.kill()
