@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+FEW_ROWS = 4
 BLOCK = 2**19  # elements that are converted at a time: 2 MiB of float32, a core's share of the last cache
 
 
@@ -64,14 +65,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _takes(a: Tensor, b: Tensor, *added: Tensor) -> bool:
-    """Whether a @ b is to be widened. Torch has what does not fit together, for its message; what is to be
-    differentiated, for its gradient; and what is being compiled.
+    """Whether a @ b is to be widened.
+
+    Torch has what does not fit together, for its message; what is to be differentiated, for its gradient; what is being
+    compiled; and a few rows of x @ w.T, whose dot products it takes at the speed at which w comes from memory.
     """
     tensors = (a, b, *added)
     return (
         widens(a)
         and all(t.dtype == a.dtype and t.is_cpu for t in tensors)
         and a.shape[1] == b.shape[0]
+        and not (a.shape[0] <= FEW_ROWS and b.stride(0) == 1)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch.compiler.is_compiling()
     )
@@ -100,7 +104,7 @@ class _Linear(torch.autograd.Function):
 
 def _widened(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> Tensor:
     (M, K), N = a.shape, b.shape[1]
-    if M == 1:  # torch's own loops read b once, at the speed of memory
+    if M == 1:  # torch.mv has loops for either layout
         out[0] = torch.addmv(out[0], b.t(), a[0]) if accumulate else torch.mv(b.t(), a[0])
         return out
     narrow = max(1, min(K, N))
