@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-FEW_ROWS = 4
+FEW_ROWS = 4  # of x, for which torch's dot products with rows of w wait for memory
 BLOCK = 2**19  # elements that are converted at a time: 2 MiB of float32, a core's share of the last cache
 
 
@@ -107,10 +107,11 @@ def _widened(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> Tensor:
     if M == 1:  # torch.mv has loops for either layout
         out[0] = torch.addmv(out[0], b.t(), a[0]) if accumulate else torch.mv(b.t(), a[0])
         return out
-    narrow = max(1, min(K, N))
-    rows, step = max(1, 2 * BLOCK // narrow), max(1, BLOCK // narrow)
+    narrow, wide = max(1, min(K, N)), max(1, K, N)
+    step = min(wide, max(1, BLOCK // narrow))
+    rows = max(1, 2 * BLOCK // max(narrow, step))  # of what is converted or summed beside a block, twice a block
     # Each buffer is used again for every block: fresh pages would cost as much as the conversion.
-    block, sums = torch.empty(min(step, max(K, N)) * narrow), torch.empty(min(rows, M) * min(step if K <= N else N, N))
+    block, sums = torch.empty(step * narrow), torch.empty(min(rows, M) * (step if K <= N else narrow))
     for begin in range(0, M, rows):
         top, y = a[begin : begin + rows], out[begin : begin + rows]
         if K <= N:  # a block of columns: their sums are complete

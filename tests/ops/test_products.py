@@ -46,7 +46,19 @@ def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, terms: int) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
 @pytest.mark.parametrize(
-    ("M", "K", "N"), [(40, 24, 70), (40, 70, 24), (1, 40, 30), (3, 1, 1), (0, 4, 5), (5, 0, 4), (1, 0, 4), (4, 5, 0)]
+    ("M", "K", "N"),
+    [
+        (40, 24, 70),
+        (40, 70, 24),
+        (1, 40, 30),
+        (3, 1, 1),
+        (90, 2, 80),
+        (90, 80, 2),
+        (0, 4, 5),
+        (5, 0, 4),
+        (1, 0, 4),
+        (4, 5, 0),
+    ],
 )
 def test_products_are_rounded_once(dtype, layout, M, K, N):
     a, b, y = (matrix(*shape, dtype, layout, i) for i, shape in enumerate([(M, K), (K, N), (M, N)]))
@@ -82,6 +94,16 @@ def test_linear_and_its_gradients(dtype, bias):
         torch.testing.assert_close(grads[2].double(), expected_grads[2], rtol=0.02, atol=0.02)
     with pytest.raises(RuntimeError, match="not twice differentiable"):
         torch.autograd.grad(products.linear(x, weight, b).float().pow(2).sum(), inputs, create_graph=True)
+
+
+@pytest.mark.parametrize(("M", "K", "N"), [(500, 2, 500), (500, 500, 2), (2, 500, 500), (50, 60, 70)])
+def test_no_more_than_a_few_blocks_are_in_float32(M, K, N, monkeypatch):
+    sizes = []
+    for name in ("empty", "mm"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, **k: sizes.append(result := real(*a, **k)) or result)
+    products.mm(matrix(M, K, torch.bfloat16, "rows", 0), matrix(K, N, torch.bfloat16, "rows", 1))
+    assert sizes and all(t.numel() <= 2 * products.BLOCK for t in sizes if t.dtype == torch.float32)
 
 
 def test_what_is_to_be_differentiated_is_torchs():
