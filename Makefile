@@ -32,12 +32,14 @@ bench: $(VENV)/.built $(VENV)/.demo $(VENV)/.bench
 
 install: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 
-# What the package needs, at the versions of requirements/constraints.txt.
+# What the package needs, at the versions of requirements/constraints.txt; with a CUDA compiler also CUTLASS's headers,
+# without what its Python part needs.
 $(VENV)/.installed: requirements/constraints.txt pyproject.toml
 	@begin=$$SECONDS; echo "install    packages into $(VENV)"; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(PIP) torch setuptools cmake ninja pybind11; \
 	$(BIN)/python requirements/declared.py | xargs -d '\n' $(PIP) --no-build-isolation; \
+	if command -v nvcc > /dev/null; then $(PIP) --no-deps nvidia-cutlass; fi; \
 	touch $@; echo "install    done in $$((SECONDS - begin)) s"
 
 # The compiled extension, in place; incremental.
@@ -58,7 +60,8 @@ $(VENV)/.bench: $(VENV)/.installed
 	@echo "install    peers"; $(BIN)/python requirements/declared.py bench | xargs -d '\n' $(PIP); touch $@
 
 constraints:
-	$(BIN)/pip freeze --exclude-editable --exclude fastft | grep -v -E '^(triton|nvidia)' | sed 's/+cpu//' > requirements/constraints.txt
+	$(BIN)/pip freeze --exclude-editable --exclude fastft | \
+	sed -E -e '/^nvidia-cutlass=/b' -e '/^(triton|nvidia)/d' -e 's/[+]cpu//' > requirements/constraints.txt
 
 clean:
 	rm -rf build $(VENV) fastft/*.so *.egg-info

@@ -4,7 +4,7 @@ pip install .                          a wheel (add --no-build-isolation to buil
 pip install -e .                       editable
 python setup.py build_ext --inplace    into fastft/, incrementally
 
-Environment: FASTFT_CUDA, FASTFT_CUDA_ARCHS, FASTFT_WERROR (see CMakeLists.txt), MAX_JOBS.
+Environment: FASTFT_CUDA, FASTFT_CUDA_ARCHS, FASTFT_CUTLASS, CUTLASS_DIR, FASTFT_WERROR (see CMakeLists.txt), MAX_JOBS.
 """
 
 import os
@@ -32,7 +32,7 @@ class CMakeBuild(build_ext):
         if cmake is None:
             raise SystemExit("fastft: cmake was not found; pip install cmake ninja pybind11")
         options = [f"-DPython_EXECUTABLE={sys.executable}"]
-        for name in ("FASTFT_CUDA", "FASTFT_CUDA_ARCHS", "FASTFT_WERROR"):
+        for name in ("FASTFT_CUDA", "FASTFT_CUDA_ARCHS", "FASTFT_CUTLASS", "CUTLASS_DIR", "FASTFT_WERROR"):
             # Unset goes back to the default, whatever an earlier configure has cached.
             options.append(f"-D{name}={os.environ[name]}" if name in os.environ else f"-U{name}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))

@@ -112,6 +112,17 @@ def peft_layers(data: Data, adapter_dtype: torch.dtype):
     return (lambda x: [layer(x) for layer in layers]), flat
 
 
+def forms_of(data: Data) -> list[str]:
+    """The forms that this machine has; on a CPU main_loop is torch's products in another order, and no row."""
+    forms = []
+    for form in FORMS if data.x.is_cuda else [form for form in FORMS if form != "main_loop"]:
+        try:
+            forms.append(pick_form(form, data.x.device, data.dtype, data.weights, data.lora_As))
+        except ValueError as why:
+            print(f"left out: {why}", file=sys.stderr)
+    return forms
+
+
 def case(args, K: int, N: int, count: int, backward: bool):
     data = Data(args, K, N, count)
     own = [data.x, *data.lora_As, *data.lora_Bs]
@@ -134,9 +145,9 @@ def case(args, K: int, N: int, count: int, backward: bool):
     for name, dtype in (("peft", torch.float32), ("peft_same_dtype", data.dtype)):
         if layers := peft_layers(data, dtype):
             implementations[name] = run(*layers)
-    picked = pick_form(args.form, args.device, args.rank * count)
+    picked = pick_form(args.form, data.x.device, data.dtype, data.weights, data.lora_As)
     implementations["fastft"] = run(ours(picked), own)
-    others = {f"fastft_{form}": run(ours(form), own) for form in FORMS if form != picked}
+    others = {f"fastft_{form}": run(ours(form), own) for form in forms_of(data) if form != picked}
     flops, moved = data.cost(backward)
     return common.Case(
         name=("lora_linear" if count == 1 else "lora_linears, q k v")

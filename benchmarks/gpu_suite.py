@@ -71,6 +71,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         leaves = [x[:, 1 : K + 1].requires_grad_(), A.requires_grad_(), B.requires_grad_()]
         for form in ("kernels", "epilogue"):
             ops.lora_linear(leaves[0], w, *leaves[1:], 0.5, form=form).sum().backward()
+    # Its matrix product: multiples of 8 and two bytes an element, where it was built.
+    from fastft.ops.summed_products import obstacle
+    for M, K, N, r in ((1, 8, 8, 8), (130, 136, 264, 16), (700, 200, 1032, 24)):
+        x, w, A, B = (torch.randn(s, device="cuda").to(dtype) for s in ((M, K + 3), (N, K), (r, K), (N, r)))
+        if obstacle(x.device, dtype, 2, {"sizes": [K, N, r]}) is None:
+            leaves = [x[:, 1 : K + 1].requires_grad_(), A.requires_grad_(), B.requires_grad_()]
+            ops.lora_linear(leaves[0], w, *leaves[1:], 0.5, form="main_loop").sum().backward()
 torch.cuda.synchronize()
 print("done")
 """

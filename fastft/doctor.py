@@ -74,9 +74,11 @@ def doctor(*, as_json: bool) -> int:
     for name, version in found["packages"].items():
         table.add_row(name, version or "not installed")
     build = found["extension"]
-    for name in ("version", "torch_built_with", "compiler", "cuda_compiler", "cuda_archs", "cpu_capability"):
+    for name in ("version", "torch_built_with", "compiler", "cuda_compiler", "cuda_archs", "cutlass", "cpu_capability"):
         value = build.get(name)
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if name == "cutlass" and not value:
+            text = f"none: {build['cutlass_reason']}"
         table.add_row(f"extension: {name.replace('_', ' ')}", text)
     for device, names in (build.get("ops") or {}).items():
         table.add_row(f"ops: {device}", ", ".join(names))

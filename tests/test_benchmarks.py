@@ -149,6 +149,7 @@ OPS = {path.stem for path in (ROOT / "fastft/ops").glob("[a-z]*.py")} - {
     "index_check",
     "frozen_weight",
     "products",
+    "summed_products",
 }
 KERNELS = {"kl", "lora_linear", "bias_adamw", "attention", "quantise", "elementwise", "norms", "relu"}
 

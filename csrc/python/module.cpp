@@ -13,6 +13,7 @@
 #include "fastft/lora_tiles.h"
 #include "fastft/row_launch.h"
 #include "fastft/row_math.h"
+#include "fastft/summed_products.h"
 
 namespace py = pybind11;
 
@@ -25,6 +26,8 @@ py::dict info() {
     d["cuda_reason"] = FASTFT_CUDA_REASON;
     d["cuda_archs"] = FASTFT_CUDA_ARCHS;
     d["cuda_compiler"] = FASTFT_CUDA_COMPILER;
+    d["cutlass"] = fastft::cutlass_version();
+    d["cutlass_reason"] = FASTFT_CUTLASS_REASON;
     d["compiler"] = FASTFT_COMPILER;
     d["torch_built_with"] = FASTFT_TORCH_VERSION;
     d["cpu_capability"] = fastft::name_of(fastft::cpu_capability());
@@ -173,6 +176,9 @@ PYBIND11_MODULE(_build, m) {
         const auto plan = fastft::lora_plan(length, depth, r, true, element_bytes);
         return py::make_tuple(plan.blocks(), plan.splits, plan.split_depth, plan.scratch_size());
     });
+    m.attr("SUMMED_PRODUCTS") = fastft::kSummedProducts;
+    m.attr("SUMMED_PRODUCTS_ALIGNMENT") = fastft::kSummedProductsAlignment;
+    m.def("summed_products_columns", &fastft::summed_products_columns);
     m.def("lora_pair_splits", [](int64_t M, int64_t N, int64_t r, bool two_bytes) {
         fastft::LoraDownOuterArgs args{};
         args.M = M, args.N = N, args.r = r;

@@ -44,6 +44,8 @@ STABLE_TORCH_LIBRARY(fastft, m) {
     m.def("lora_up(Tensor(a!) y, Tensor u, Tensor b) -> ()");
     m.def("lora_outer(Tensor u, Tensor y, bool transposed) -> Tensor");
     m.def("lora_down_outer(Tensor y, Tensor a, float scaling, Tensor(a!) du, Tensor u) -> Tensor");
+    // y = sum of a b^T, + bias; of a GPU with compute capability 9.0 alone: see fastft/summed_products.h.
+    m.def("summed_products(Tensor[] a, Tensor[] b, Tensor? bias, Tensor(a!) y) -> ()");
     // A tile of a quantised weight: see fastft/dequantise.h.
     m.def(
         "dequantise_4bit(Tensor packed, Tensor code, Tensor absmax, Tensor? absmax_code, Tensor? "
@@ -126,6 +128,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
 
 #ifdef FASTFT_WITH_CUDA
 FASTFT_IMPL(CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) { m.impl("summed_products", TORCH_BOX(&fastft::summed_products)); }
 #else
 namespace {
 void no_cuda(StableIValue*, uint64_t, uint64_t) {
@@ -145,6 +148,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {
                            "lora_up",
                            "lora_outer",
                            "lora_down_outer",
+                           "summed_products",
                            "dequantise_4bit",
                            "dequantise_8bit",
                            "relu",

@@ -1,4 +1,4 @@
-// DeviceGuard, and the CUDA entry points of a build without CUDA.
+// DeviceGuard, and the CUDA entry points of a build without CUDA or without CUTLASS.
 #include "fastft/bias_adamw.h"
 #include "fastft/build_info.h"
 #include "fastft/cross_entropy.h"
@@ -11,6 +11,7 @@
 #include "fastft/rms_norm.h"
 #include "fastft/rotary.h"
 #include "fastft/row_reduce.h"
+#include "fastft/summed_products.h"
 #include "fastft/swiglu.h"
 #include "fastft/topk_kl.h"
 #include "util.h"
@@ -58,6 +59,13 @@ void rotary_cuda(const RotaryArgs&, cudaStream_t) { no_cuda(); }
 void swiglu_cuda(const SwigluArgs&, cudaStream_t) { no_cuda(); }
 void swiglu_backward_cuda(const SwigluBackwardArgs&, cudaStream_t) { no_cuda(); }
 void row_reduce_cuda(const RowReduceArgs&, cudaStream_t) { no_cuda(); }
+#endif
+
+#ifndef FASTFT_WITH_CUTLASS
+const char* cutlass_version() { return ""; }
+void summed_products_cuda(const SummedProductsArgs&, cudaStream_t) {
+    throw std::runtime_error("fastft was built without CUTLASS; `fastft doctor` says why");
+}
 #endif
 
 }  // namespace fastft

@@ -36,6 +36,7 @@ void lora_down(const Tensor& x, const Tensor& a, double scaling, Tensor u);
 void lora_up(Tensor y, const Tensor& u, const Tensor& b);
 Tensor lora_outer(const Tensor& u, const Tensor& y, bool transposed);
 Tensor lora_down_outer(const Tensor& y, const Tensor& a, double scaling, Tensor du, const Tensor& u);
+void summed_products(std::vector<Tensor> a, std::vector<Tensor> b, std::optional<Tensor> bias, Tensor y);
 void index_check(const Tensor& index, int64_t vocab, int64_t ignore, int64_t source, Tensor record);
 void dequantise_4bit(const Tensor& packed, const Tensor& code, const Tensor& absmax,
                      std::optional<Tensor> absmax_code, std::optional<Tensor> absmax_scale,

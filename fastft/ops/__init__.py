@@ -15,6 +15,7 @@ from fastft.ops import lora_linear as _lora_linear
 from fastft.ops import relu as _relu
 from fastft.ops import rms_norm as _rms_norm
 from fastft.ops import rotary as _rotary
+from fastft.ops import summed_products as _summed_products
 from fastft.ops import swiglu as _swiglu
 from fastft.ops._extension import available, build_info, cpu_capability
 from fastft.ops.frozen_weight import FrozenWeight, Weight4bit, Weight8bit, frozen_linear, quantise_4bit
@@ -33,6 +34,7 @@ _extension.import_extension(
         _relu,
         _rms_norm,
         _rotary,
+        _summed_products,
         _swiglu,
         frozen_weight,
         index_check,

@@ -62,9 +62,9 @@ def cpu_capability() -> str | None:
 def build_info() -> dict:
     """What this build is and what it found here; never raises.
 
-    Keys: built, reason, version, cuda, cuda_reason, cuda_archs (list), cuda_compiler, cpu_capability,
-    cpu_capability_best, torch_built_with, torch_has_cuda_stream, compiler, ops (device -> list of public ops
-    that have kernels), devices (limits of each CUDA device), launch_configurations.
+    Keys: built, reason, version, cuda, cuda_reason, cuda_archs (list), cuda_compiler, cutlass (its version, or empty),
+    cutlass_reason, cpu_capability, cpu_capability_best, torch_built_with, torch_has_cuda_stream, compiler, ops
+    (device -> list of public ops that have kernels), devices (limits of each CUDA device), launch_configurations.
     """
     from fastft import __version__
 
@@ -92,6 +92,8 @@ def build_info() -> dict:
             "cuda_reason": "not built",
             "cuda_archs": [],
             "cuda_compiler": "",
+            "cutlass": "",
+            "cutlass_reason": "not built",
             "cpu_capability": None,
             "cpu_capability_best": None,
             "torch_built_with": None,

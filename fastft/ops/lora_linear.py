@@ -10,6 +10,7 @@ from torch import Tensor
 from fastft.ops import _extension, products
 from fastft.ops._common import check_float, check_like, refuse_create_graph, shape_of
 from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, add_linear, linear
+from fastft.ops.summed_products import obstacle, summed_products
 
 # How the adapter's small products are computed. What passes over tensors of the size of x or y a layer's forward and
 # backward take beyond the two frozen products, each read and each write counted as one:
@@ -18,13 +19,17 @@ from fastft.ops.frozen_weight import FrozenWeight, add_input_grad, add_linear, l
 #   kernels    7: this project's kernels; dy is read once for du and d_lora_B
 #   epilogue   5: also, u lora_B^T and du lora_A are written first and the frozen products add to them in their
 #              epilogue, where the reads can hide behind the next tile's multiplication
-FORMS = ("kernels", "products", "epilogue")
-# By device type: (form up to a summed rank, that rank), beyond it "products".
+#   main_loop  3: also, lora_A and lora_B are more depth of the frozen products, and the layers of one x more depth of
+#              their dx: matrix products of this project's (`summed_products`), for compute capability 9.0 and 16 bits;
+#              on a CPU torch's, one after the other
+FORMS = ("kernels", "products", "epilogue", "main_loop")
+# By device type: (form, the summed rank up to which it is taken) in the order in which they are tried; "products" where
+# none fits.
 # cpu: bench_lora_linear.py on AVX-512 with bf16 products; time of the kernels' form over that of the products', forward
 # and backward of a layer: 0.85 to 0.97 at r 16, 0.89 to 1.00 at r 64, 1.00 to 1.03 at r 128 (M 330 to 1024, K and N
 # 576 to 8192). cuda: nothing has been measured yet, so the vendor's products are used; bench_lora_linear.py has a row
 # for each form.
-PICKED = {"cpu": ("kernels", 64), "cuda": ("products", 0)}
+PICKED = {"cpu": (("kernels", 64),), "cuda": ()}
 
 
 def lora_linear(
@@ -78,26 +83,49 @@ def lora_linears(
     autocast = torch.is_autocast_enabled(device)
     _check(x, weights, lora_As, lora_Bs, biases, same_dtype=not autocast)
     tensors = (*weights, *lora_As, *lora_Bs, *biases)
-    rank = lora_As[0].shape[0] if len(lora_As) == 1 else sum(A.shape[0] for A in lora_As)
-    form = pick_form(form, device, rank)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    form = pick_form(form, x.device, dtype, weights, lora_As)
     if not autocast:
         return _LoraLinears.apply(x, scaling, form, len(weights), *tensors)
-    dtype = torch.get_autocast_dtype(device)
     x, *tensors = (t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *tensors))
     with torch.amp.autocast(device, enabled=False):
         return _LoraLinears.apply(x, scaling, form, len(weights), *tensors)
 
 
-def pick_form(form: str | None, device: str, rank: int) -> str:
-    """The form asked for, or the one that was measured to be the faster one for a summed rank on a device type."""
+def pick_form(
+    form: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: Sequence[Tensor | FrozenWeight],
+    lora_As: Sequence[Tensor],
+) -> str:
+    """The form asked for, or the one that was measured to be the fastest of those that can be used.
+
+    Raises ValueError for a form that cannot.
+    """
     if form is None:
-        picked, up_to_rank = PICKED.get(device, ("products", 0))
-        return picked if rank <= up_to_rank and _extension.available() else "products"
+        rank = lora_As[0].shape[0] if len(lora_As) == 1 else sum(A.shape[0] for A in lora_As)
+        for picked, up_to_rank in PICKED.get(device.type, ()) if _extension.available() else ():
+            can = picked != "main_loop" or _no_main_loop(device, dtype, weights, lora_As) is None
+            if can and rank <= up_to_rank:
+                return picked
+        return "products"
     if form not in FORMS:
         raise ValueError(f"lora_linear: form is {form!r}, expected one of {', '.join(FORMS)}, or None")
     if form != "products":
         _extension.load()
+    if form == "main_loop" and (why := _no_main_loop(device, dtype, weights, lora_As)) is not None:
+        raise ValueError(f"lora_linear: form is 'main_loop', but {why}; expected another form, or None")
     return form
+
+
+def _no_main_loop(device: torch.device, dtype: torch.dtype, weights, lora_As) -> str | None:
+    """Why these layers cannot be multiplied by `summed_products`."""
+    if any(isinstance(weight, FrozenWeight) for weight in weights):
+        return "a weight is quantised"
+    sizes = {"out features": [weight.shape[0] for weight in weights], "in features": [lora_As[0].shape[1]]}
+    sizes["rank"] = [A.shape[0] for A in lora_As]
+    return obstacle(device, dtype, len(weights) + 1, sizes)
 
 
 def _check(x: Tensor, weights, lora_As, lora_Bs, biases, *, same_dtype: bool) -> None:
@@ -180,7 +208,9 @@ class _LoraLinears(torch.autograd.Function):
         _down(rows, _stacked(As), scaling, u, form)
         outputs = []
         for weight, B, bias, u_of_layer in zip(weights, Bs, biases, _columns(u, As), strict=True):
-            if form == "epilogue":
+            if form == "main_loop":
+                y = summed_products([rows, u_of_layer], [_rows(weight), _rows(B)], bias)
+            elif form == "epilogue":
                 y = linear(u_of_layer, B, bias)
                 add_linear(y, rows, weight)
             else:
@@ -228,7 +258,10 @@ class _LoraLinears(torch.autograd.Function):
             dA = _outer(du, rows, False, form)
             # Each in memory of its own: a view would keep the other layers' alive.
             dAs = [dA] if n == 1 else [part.clone() for part in dA.split([A.shape[0] for A in As])]
-        if need_du and need_x:
+        if need_du and need_x and form == "main_loop":
+            by_depth = [_rows(w).t() for w in (*(weights[i] for i in used), _stacked(As))]
+            dx = summed_products([*(dys[i] for i in used), du], by_depth).view(shape)
+        elif need_du and need_x:
             dx = products.mm(du, _stacked(As)) if form == "epilogue" else None
             for i in used:
                 dx = add_input_grad(dx, dys[i], weights[i])

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 from fastft.ops import _extension, lora_linear, lora_linears, reference
-from fastft.ops.lora_linear import FORMS
+from fastft.ops.lora_linear import FORMS, pick_form
 from tests.ops.op_checks import CUDA_DTYPES, DTYPES, assert_as_accurate, run, supported, to_float64
 from tests.ops.randomised import assert_strides_do_not_matter, given, settings, st
 
@@ -36,6 +36,15 @@ def check(tensors, dtype, grad_of=LEAVES, scaling=0.7, **options):
         assert_as_accurate(our_grads[k], plain_grads[k], true_grads[k], f"gradient of {k}", dtype)
 
 
+def need_main_loop(device, dtype):
+    """Skips where that form has no kernel for layers whose sizes are multiples of 8."""
+    sizes = inputs(8, 8, 8, 8, dtype, device)
+    try:
+        pick_form("main_loop", device, dtype, [sizes["weight"]], [sizes["lora_A"]])
+    except ValueError as why:
+        pytest.skip(str(why))
+
+
 # 1. Against float64 -------------------------------------------------------------------------------------
 
 
@@ -44,8 +53,14 @@ def check(tensors, dtype, grad_of=LEAVES, scaling=0.7, **options):
 def test_against_float64(device, dtype, form):
     if not supported(device, dtype):
         pytest.skip(f"{dtype} has no {device.type} kernel")
-    for rows, K, N, r in (((2, 19), 96, 80, 8), (33, 257, 131, 16), (7, 64, 300, 48)):
+    if form == "main_loop":
+        need_main_loop(device, dtype)
+    # The kernel of main_loop takes multiples of 8, and has tiles of 128 rows and of 128 or 256 columns.
+    sizes = ((33, 256, 136, 16), (7, 64, 304, 48), (300, 136, 520, 8), (129, 8, 8, 72), (600, 72, 264, 16))
+    for rows, K, N, r in sizes if form == "main_loop" else ((33, 257, 131, 16), (7, 64, 300, 48)):
         check(inputs(rows, K, N, r, dtype, device), dtype, form=form)
+    check(inputs((2, 19), 96, 80, 8, dtype, device), dtype, form=form)
+    check(inputs((2, 19), 96, 80, 8, dtype, device, bias=False), dtype, form=form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,6 +117,8 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles_without_graph_breaks(device, form):
+    if form == "main_loop":
+        need_main_loop(device, torch.float32)
     t = inputs((2, 3), 8, 6, 2, torch.float32, device)
     leaves = [t[k].requires_grad_() for k in LEAVES]
 
@@ -384,7 +401,7 @@ def test_float64_side_products_on_cuda_are_refused(device):
         ({"lora_B": torch.zeros(4, 2, device="meta")}, "lora_B is on meta, expected cpu"),
         ({"bias": torch.zeros(5)}, r"bias is \[5\], expected \[4\]"),
         ({"bias": "none"}, "bias is str, expected a tensor"),
-        ({"form": "fast"}, "form is 'fast', expected one of kernels, products, epilogue, or None"),
+        ({"form": "fast"}, "form is 'fast', expected one of kernels, products, epilogue, main_loop, or None"),
     ],
 )
 def test_errors_name_the_argument(change, message):
