@@ -57,10 +57,18 @@ def apart() -> Iterator[Apart]:
         yield found
     finally:
         found.peak_bytes = _resident_peak()
-        _release()
+        release()
         if found.is_excluded:
             _reset_peak()
         found.is_excluded |= torch.cuda.is_available()  # its peak is the allocator's, which host memory is no part of
+
+
+def release() -> None:
+    """Give free host memory back to the system, which glibc keeps where something above it is in use."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def _resident_peak() -> int:
@@ -78,11 +86,3 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def _release() -> None:
-    """Give free memory back to the system, which glibc keeps where something above it is in use."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)

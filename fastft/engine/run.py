@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastft import peft
+from fastft import memory, peft
 from fastft.config import Config
 from fastft.distributed import Ranks
 from fastft.engine import deepspeed_config
@@ -106,6 +106,7 @@ def _run(
     with clock.measure("evaluate_base"):
         before = source.evaluate_base(base, prepared, ranks, out)
 
+    memory.release()  # blocks of other sizes than training's, which would stay beside them
     torch.manual_seed(config.seed)
     num_labels = source.num_labels if config.method == "ft" else None
     trained = inject(config, base, num_labels)
