@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fastft.ops import _extension, products
+from fastft.ops import products
 
 
 def summed_products(a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
@@ -31,27 +32,30 @@ def obstacle(device: torch.device, dtype: torch.dtype, count: int, sizes: Mappin
     """Why there is no kernel for `count` products with these depths and numbers of columns; None where there is one."""
     if device.type != "cuda":
         return None
-    module = _extension.load()
-    info = module.info()
-    if not info["cutlass"]:
-        return f"fastft was built without CUTLASS ({info['cutlass_reason']})"
-    if (capability := _capability(device.index or 0)) != (9, 0):
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, its kernel is built for 9.0"
+    if _not_built:
+        return _not_built
+    found = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
+    if (found.major, found.minor) != (9, 0):
+        return f"the GPU has compute capability {found.major}.{found.minor}, its kernel is built for 9.0"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"x is {dtype}, its kernel is for bfloat16 and float16"
-    if count > module.SUMMED_PRODUCTS:
-        return f"there are {count} products to sum, its kernel takes {module.SUMMED_PRODUCTS}"
+    if count > _most:
+        return f"there are {count} products to sum, its kernel takes {_most}"
     for name, numbers in sizes.items():
         for n in numbers:
-            if n <= 0 or n % module.SUMMED_PRODUCTS_ALIGNMENT:
-                return f"{name}: {n} is not a multiple of {module.SUMMED_PRODUCTS_ALIGNMENT}"
+            if n <= 0 or n % _multiple:
+                return f"{name}: {n} is not a multiple of {_multiple}"
     return None
 
 
-@torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+# Of the build, as plain values: a call of the extension would end a trace.
+_not_built, _most, _multiple = "fastft's extension is not built", 0, 1
 
 
 def register() -> None:
+    global _not_built, _most, _multiple
     torch.library.register_fake("fastft::summed_products")(lambda a, b, bias, y: None)
+    build = importlib.import_module("fastft._build")
+    info = build.info()
+    _not_built = "" if info["cutlass"] else f"fastft was built without CUTLASS ({info['cutlass_reason']})"
+    _most, _multiple = build.SUMMED_PRODUCTS, build.SUMMED_PRODUCTS_ALIGNMENT

@@ -1,5 +1,6 @@
 """summed_products, lora_linear's form "main_loop": its formula, when it can be used, and on a GPU its kernel."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from fastft.ops.lora_linear import PICKED, pick_form
 from fastft.ops.summed_products import obstacle, summed_products
 from tests.ops.op_checks import assert_as_accurate
 
+module = sys.modules[obstacle.__module__]  # in the package's namespace its name may be the function's
 GPU = torch.device("cuda", 0)
 SIZES = {"out features": [16, 24], "rank": [8]}
 
@@ -27,15 +29,8 @@ def kernel():
 @pytest.fixture
 def hopper(monkeypatch):
     """As if there were the GPU and the build that the kernel is for; nothing can be launched."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    built = _extension.load()
-    module = SimpleNamespace(
-        SUMMED_PRODUCTS=built.SUMMED_PRODUCTS,
-        SUMMED_PRODUCTS_ALIGNMENT=built.SUMMED_PRODUCTS_ALIGNMENT,
-        info=lambda: {"cutlass": "4.2.0", "cutlass_reason": ""},
-    )
-    monkeypatch.setattr(_extension, "_module", module)
-    return module
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(module, "_not_built", "")
 
 
 def operands(M, N, depths, dtype, device, by_depth=False):
@@ -150,7 +145,7 @@ def test_layers_of_one_input(kernel, layers):
 @pytest.mark.parametrize(
     "why, change",
     [
-        ("built without CUTLASS (FASTFT_CUTLASS=0)", {"cutlass": ""}),
+        ("built without CUTLASS", {"not_built": "fastft was built without CUTLASS (FASTFT_CUTLASS=0)"}),
         ("compute capability 8.9, its kernel is built for 9.0", {"capability": (8, 9)}),
         ("torch.float32, its kernel is for bfloat16 and float16", {"dtype": torch.float32}),
         ("5 products to sum, its kernel takes 4", {"count": 5}),
@@ -160,10 +155,12 @@ def test_layers_of_one_input(kernel, layers):
     ],
 )
 def test_obstacles(hopper, monkeypatch, why, change):
-    if "cutlass" in change:
-        hopper.info = lambda: {"cutlass": "", "cutlass_reason": "FASTFT_CUTLASS=0"}
+    if "not_built" in change:
+        monkeypatch.setattr(module, "_not_built", change["not_built"])
     if "capability" in change:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: change["capability"])
+        major, minor = change["capability"]
+        found = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     found = obstacle(GPU, change.get("dtype", torch.bfloat16), change.get("count", 2), change.get("sizes", SIZES))
     assert (found is None) if why is None else (why in found)
 
