@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from fastft.errors import ModelError
 from fastft.models.attention import PackedSequences, Prefix
 from fastft.models.layerwise import HostLayers, Layerwise
 from fastft.models.ulysses import SharedPrefix
+from fastft.ops.products import rounded_rows
 
 R = TypeVar("R")
 Item = TypeVar("Item")
@@ -74,10 +76,20 @@ class PackedCausalLM(nn.Module):
         self, input_ids: torch.Tensor, packed: PackedSequences, head_fn: HeadFn[R] | None = None
     ) -> torch.Tensor | R:
         """input_ids [1, T] -> hidden [T, H], or head_fn(hidden, weight [V, H])."""
+        tokens = input_ids.shape[1]
+        input_ids, packed = self.rounded(input_ids, packed)
         hidden = self.model.get_decoder()(
             input_ids=input_ids, position_ids=packed.position_ids, packed=packed, use_cache=False
-        ).last_hidden_state.squeeze(0)
+        ).last_hidden_state.squeeze(0)[:tokens]
         return hidden if head_fn is None else self.head(hidden, head_fn)
+
+    def rounded(self, input_ids: torch.Tensor, packed: PackedSequences) -> tuple[torch.Tensor, PackedSequences]:
+        """A pack with tokens behind its own whose hidden states nobody reads, where their number is rounded up."""
+        tokens = input_ids.shape[1]
+        count = rounded_rows(tokens, self.head.weight) - tokens
+        if count == 0 or not packed.is_extensible:
+            return input_ids, packed
+        return F.pad(input_ids, (0, count)), packed.extended(count)
 
     def at_a_time(self, context: Callable[[Item], Any]) -> Callable[[Item], Any] | None:
         """What `Ranks.lockstep` keeps together of items behind context(item): one at a time where ranks share them."""
@@ -95,8 +107,9 @@ class PackedCausalLM(nn.Module):
                 yield job, self(job.input_ids, job.packed, job.head_fn)
             return
         jobs = list(jobs)
-        passes = self._layerwise.run([(job.input_ids, job.packed) for job in jobs], keep_prefixes=keep_prefixes)
-        for job, hidden in zip(jobs, passes, strict=True):
+        packs = [self.rounded(job.input_ids, job.packed) for job in jobs]
+        for job, hidden in zip(jobs, self._layerwise.run(packs, keep_prefixes=keep_prefixes), strict=True):
+            hidden = hidden[: job.input_ids.shape[1]]
             yield job, hidden if job.head_fn is None else self.head(hidden, job.head_fn)
 
     def context(self, token_ids: tuple[int, ...]) -> tuple[Job, Prefix]:

@@ -34,6 +34,8 @@ Pack = tuple[torch.Tensor, PackedSequences]  # input_ids [1, T] and where the se
 class _Parts:
     """What stands in the decoder call for the one `PackedSequences` of an ordinary pass."""
 
+    is_extensible = False  # its members are, each by itself
+
     def __init__(self, packs: list[PackedSequences]):
         self.packs = packs
         self.sizes = [sum(p.lengths) for p in packs]
@@ -65,11 +67,12 @@ class Lockstep:
         call: the model, or the engine around it. Only the trained pack's hidden states have a gradient.
         Dropout that a decoder applies outside of its layers without a module for it, and layerdrop, are off.
         """
-        packs = [*frozen, trained]
+        own = [ids.shape[1] for ids, _ in (*frozen, trained)]
+        packs = [self.lm.rounded(*pack) for pack in (*frozen, trained)]
         self._parts = parts = _Parts([packed for _, packed in packs])
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> R:
-            *_, teacher, student = hidden.split(parts.sizes)
+            *_, teacher, student = (rows[:tokens] for rows, tokens in zip(hidden.split(parts.sizes), own, strict=True))
             return head_fn(teacher.detach(), student, weight)
 
         self._training = self.lm.training

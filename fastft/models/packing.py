@@ -227,6 +227,7 @@ class PackedSequences:
                     f"sequences, got {branches}"
                 )
             lengths = [trunk + sum(ends) for trunk, ends in zip(trunks, branches, strict=True)]
+        self._given = {"lengths": trunks, "branches": branches, "prefixes": prefixes, "device": device}
         self.trunks = trunks
         self.branches = branches
         self.lengths = lengths
@@ -261,6 +262,30 @@ class PackedSequences:
             # Keys of each sequence in the cache, the new ones included.
             self.seqused = (cache.lengths + length.to(device)).int()
         self.position_ids = positions[None]
+
+    @property
+    def is_extensible(self) -> bool:
+        return self.cache is None and self.capture is None and self.exchange is None
+
+    def extended(self, count: int) -> PackedSequences:
+        """The same with so many tokens more, which the last sequence ends in: nothing sees them but they themselves.
+
+        They have the position of the last token. Not of a pack whose keys are for others to read: of a cache, of a
+        context, or shared out to ranks.
+        """
+        if not self.is_extensible:
+            raise ValueError("PackedSequences: a pack with a cache, a capture or an exchange cannot be extended")
+        given = dict(self._given)
+        if self.branches and self.branches[-1]:
+            *ends, last = self.branches[-1]
+            given["branches"] = [*self.branches[:-1], [*ends, last + count]]
+        else:
+            *trunks, last = self.trunks
+            given["lengths"] = [*trunks, last + count]
+        longer = PackedSequences(**given)
+        longer.position_ids[:, -count:] = self.position_ids[:, -1:]
+        longer.reach = self.reach
+        return longer
 
     # What padded attention needs: each sequence in a row of `longest` slots.
 

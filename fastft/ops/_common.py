@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -134,12 +135,19 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
     return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
 
+def rows_of(x: Tensor, part: slice) -> Tensor:
+    """x[part], and where their number is rounded up (`products.rounded_rows`) zeros behind them."""
+    more = products.rounded_rows(part.stop - part.start, x) - (part.stop - part.start)
+    return F.pad(x[part], (0, 0, 0, more)) if more else x[part]
+
+
 def logits_buffer(hidden: Tensor, rows: int, vocab: int) -> Tensor:
     """Uninitialised [rows, vocab] for one chunk's logits, on huge pages where the system offers them.
 
-    Rows start at multiples of 16 bytes, whatever the vocabulary: kernels and matrix products use vector accesses.
+    Their number is rounded up as in `rows_of`. They start at multiples of 16 bytes, whatever the vocabulary: kernels
+    and matrix products use vector accesses.
     """
-    buffer = hidden.new_empty((rows, -(-vocab // 8) * 8))
+    buffer = hidden.new_empty((products.rounded_rows(rows, hidden), -(-vocab // 8) * 8))
     if buffer.is_cpu:
         _extension.load().advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
     return buffer[:, :vocab]
@@ -178,13 +186,19 @@ class HeadGradients:
     def wanted(self) -> bool:
         return self.hidden_grad is not None or self.weight_sum is not None
 
-    def add(self, grad_logits: Tensor, part: slice) -> None:
+    def add(self, logits: Tensor, part: slice) -> None:
+        """logits: the buffer, in whose first rows are the gradients of part's, and in the next any numbers."""
+        n = part.stop - part.start
         if self.hidden_grad is not None:
-            products.mm(grad_logits, self.weight, out=self.hidden_grad[part])
+            whole = logits[: products.rounded_rows(n, logits)]
+            if len(whole) == n:
+                products.mm(whole, self.weight, out=self.hidden_grad[part])
+            else:
+                self.hidden_grad[part] = products.mm(whole, self.weight)[:n]
         if self.weight_sum is not None:
             hidden = self.hidden[part]
             scaled = (hidden * self.row_scale[part, None]).to(hidden.dtype)
-            self.weight_sum += products.mm(grad_logits.t(), scaled)
+            self.weight_sum += products.mm(logits[:n].t(), scaled)
 
     def results(self) -> tuple[Tensor, Tensor]:
         hidden_grad = self.hidden.new_empty(0) if self.hidden_grad is None else self.hidden_grad

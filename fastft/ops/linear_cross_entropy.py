@@ -20,6 +20,7 @@ from fastft.ops._common import (
     logits_buffer,
     reduce_rows,
     register_linear_op,
+    rows_of,
     shape_of,
     wants_grad,
 )
@@ -97,9 +98,10 @@ def _kernel(
     grads = HeadGradients(hidden, weight, row_weights, reduction, hidden_grad, weight_grad)
     for part in chunks(rows, size):
         chunk = logits[: part.stop - part.start]
-        products.mm(hidden[part], weight.t(), out=chunk)
+        padded = rows_of(hidden, part)
+        products.mm(padded, weight.t(), out=logits[: len(padded)])
         torch.ops.fastft.cross_entropy_rows(chunk, labels[part], nll[part], ignore_index, grads.wanted)
-        grads.add(chunk, part)
+        grads.add(logits, part)
     return *reduce_rows(nll, row_weights, reduction), *grads.results()
 
 

@@ -119,7 +119,7 @@ def _kernel(
     # Student rows of a chunk come first, teacher rows right behind them.
     logits = logits_buffer(student_hidden, 2 * min(size, rows), vocab)
     if teacher_weight is None:
-        pair = student_hidden.new_empty((logits.shape[0], student_hidden.shape[1]))
+        pair = student_hidden.new_zeros((logits.shape[0], student_hidden.shape[1]))
     kl = student_hidden.new_empty(rows, dtype=accumulate_dtype(student_hidden.dtype))
     grads = HeadGradients(student_hidden, weight, weights, reduction, hidden_grad, weight_grad)
     for part in chunks(rows, size):
@@ -128,7 +128,8 @@ def _kernel(
         if teacher_weight is None:
             pair[:n] = student_hidden[part]
             pair[n : 2 * n] = teacher_hidden[part]
-            products.mm(pair[: 2 * n], weight.t(), out=logits[: 2 * n])
+            both = products.rounded_rows(2 * n, pair)
+            products.mm(pair[:both], weight.t(), out=logits[:both])
         else:
             products.mm(student_hidden[part], weight.t(), out=student_logits)
             products.mm(teacher_hidden[part], teacher_weight.t(), out=teacher_logits)
@@ -142,7 +143,7 @@ def _kernel(
             beta,
             grads.wanted,
         )
-        grads.add(student_logits, part)
+        grads.add(logits, part)
     return *reduce_rows(kl, weights, reduction), *grads.results()
 
 

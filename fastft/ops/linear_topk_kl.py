@@ -24,6 +24,7 @@ from fastft.ops._common import (
     logits_buffer,
     reduce_rows,
     register_linear_op,
+    rows_of,
     shape_of,
     wants_grad,
 )
@@ -153,7 +154,8 @@ def _kernel(
     grads = HeadGradients(student_hidden, weight, weights, reduction, hidden_grad, weight_grad)
     for part in chunks(rows, size):
         chunk = logits[: part.stop - part.start]
-        products.mm(student_hidden[part], weight.t(), out=chunk)
+        padded = rows_of(student_hidden, part)
+        products.mm(padded, weight.t(), out=logits[: len(padded)])
         torch.ops.fastft.topk_kl_rows(
             chunk,
             topk_ids[part],
@@ -164,7 +166,7 @@ def _kernel(
             *divergence,
             grads.wanted,
         )
-        grads.add(chunk, part)
+        grads.add(logits, part)
     return *reduce_rows(kl, weights, reduction), *grads.results()
 
 

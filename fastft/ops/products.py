@@ -1,9 +1,13 @@
-"""Matrix products of 16-bit tensors where the processor has no instructions for them.
+"""Matrix products of 16-bit tensors on the CPU: where the processor has no instructions for them, and where it has.
 
 On a CPU torch has fast 16-bit products only where oneDNN has: bfloat16 needs AVX-512, float16 AVX-512 FP16 or AMX.
 Elsewhere its own loops take over, which on AVX2 are 5 (x @ w.T) to 100 times (x @ w) slower than float32. There the
 products of this file convert one operand a block at a time, the other a block of rows at a time, multiply in float32
 and round once: the speed of float32 at the memory of 16 bits, and results that are rounded as oneDNN's are.
+
+Where oneDNN has them it compiles code for every number of rows that it meets, 0.3 to 1.5 MB for each shape of a weight,
+and keeps most of it for ever: a training run of ragged batches grew by 5 MB a step. Passes therefore round their number
+of rows up (`rounded_rows`), so that few numbers occur.
 """
 
 from __future__ import annotations
@@ -29,6 +33,18 @@ WIDENED = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if not _has_p
 def widens(x: Tensor) -> bool:
     """Whether products of x are computed in float32, block by block; those of tensors without data never are."""
     return x.dtype in WIDENED and x.is_cpu and not isinstance(x, FakeTensor)
+
+
+def rounded_rows(rows: int, like: Tensor) -> int:
+    """How many rows to multiply in place of `rows`: as many, or up to a sixteenth more where oneDNN compiles.
+
+    One of sixteen numbers in each octave.
+    """
+    compiles = like.is_cpu and like.dtype in (torch.bfloat16, torch.float16) and like.dtype not in WIDENED
+    if not compiles or isinstance(like, FakeTensor):
+        return rows
+    step = 1 << max(0, rows.bit_length() - 5)
+    return -(-rows // step) * step
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:

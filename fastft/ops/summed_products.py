@@ -56,6 +56,5 @@ def register() -> None:
     global _not_built, _most, _multiple
     torch.library.register_fake("fastft::summed_products")(lambda a, b, bias, y: None)
     build = importlib.import_module("fastft._build")
-    info = build.info()
-    _not_built = "" if info["cutlass"] else f"fastft was built without CUTLASS ({info['cutlass_reason']})"
+    _not_built = "" if build.CUTLASS else f"fastft was built without CUTLASS ({build.CUTLASS_REASON})"
     _most, _multiple = build.SUMMED_PRODUCTS, build.SUMMED_PRODUCTS_ALIGNMENT
