@@ -2,6 +2,8 @@
 
 python benchmarks/gpu_suite.py --out DIR [--limit-s 540] [--skip build,bench_kl]
 
+lora_linear's form main_loop needs CUTLASS's headers for the build: the package nvidia-cutlass, or CUTLASS_DIR.
+
 Goes on past a part that fails or runs out of time and says so at the end. Writes DIR/<part>.log for every part,
 DIR/<bench>.json for every benchmark, and DIR/summary.json:
 {"device", "torch", "parts": [{"name", "status", "seconds", "detail"}]}, status one of ok, failed, timeout, skipped.
@@ -179,6 +181,8 @@ BENCHES = {
 }
 SHARES_S = {"bench_large": 400}
 
+TESTS = "cuda or row_math or extension or summed_products"  # the last have no parameter by whose name to know them
+
 INFO = """
 import json, sys, torch
 from fastft import ops
@@ -186,7 +190,7 @@ info = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bui
 open(sys.argv[1], "w").write(json.dumps(info, indent=1, default=str))
 assert info["build"]["cuda"], info["build"]["cuda_reason"]
 assert info["build"]["torch_has_cuda_stream"], "this torch offers no CUDA stream"
-print(info["device"], info["torch"], info["build"]["cuda_archs"])
+print(info["device"], info["torch"], info["build"]["cuda_archs"], "CUTLASS", info["build"]["cutlass"] or "none")
 """
 
 
@@ -210,7 +214,7 @@ def main() -> int:
         # Building would replace an extension that was brought along by one without CUDA.
         suite.note("build", "skipped", 0, "nvcc is not on PATH; using the extension that is there")
     suite.run("info", [python, "-c", INFO, str(args.out / "info.json")], 60)
-    suite.run("test_ops", [python, "-m", "pytest", "-q", "tests/ops", "-k", "cuda or row_math or extension"], 240)
+    suite.run("test_ops", [python, "-m", "pytest", "-q", "tests/ops", "-k", TESTS], 240)
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
         if sanitizer:
