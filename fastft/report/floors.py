@@ -92,6 +92,12 @@ def _lora_down_outer(inputs: Inputs) -> Count:
     return 4.0 * inputs.numel(0) * rank, inputs.nbytes(0, 1, 3, 4) + rank * width * inputs.itemsize(0)
 
 
+def _summed_products(inputs: Inputs) -> Count:
+    """Lists of a_n [T, K_n] and b_n [N, K_n], bias [N] -> y [T, N], written and not read. The lists' dtype is y's."""
+    listed = (inputs.numel(0) + inputs.numel(1)) * inputs.itemsize(3)
+    return 2.0 * inputs.numel(0) * inputs.shapes[3][1], listed + inputs.nbytes(2, 3)
+
+
 def _head(products: int, weight: int, gradients: tuple[int, int]) -> Callable[[Inputs], Count]:
     """A loss through the head [V, H]: `products` of hidden [T, H] with it, and one for each gradient asked for."""
 
@@ -226,6 +232,7 @@ COUNTS: dict[str, Callable[[Inputs], Count]] = {
     "fastft::lora_up": _lora_up,
     "fastft::lora_outer": _lora_outer,
     "fastft::lora_down_outer": _lora_down_outer,
+    "fastft::summed_products": _summed_products,
     "fastft::linear_log_softmax_kl": _head(2, weight=2, gradients=(10, 11)),
     "fastft::linear_topk_kl": _head(1, weight=1, gradients=(11, 12)),
     "fastft::linear_cross_entropy": _head(1, weight=1, gradients=(7, 8)),

@@ -21,8 +21,9 @@ import torch
 from tests.conftest import ROOT
 
 HERE = Path(__file__).parent
+OF_CUTLASS = "summed_products.cu"  # instructions of sm_90a, which nothing here has
 FILES = [
-    *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+    *sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.name != OF_CUTLASS),
     HERE / "faults.cu",
     HERE / "launchers.cpp",
     HERE / "emulator.cpp",

@@ -17,7 +17,7 @@ from fastft.peft.masked_relu import MaskedReLU, mask_relus
 from tests.conftest import losses
 from tests.engine.test_run import ok
 
-LENGTHS = [200, 95]
+LENGTHS = [200, 88]  # 288 rows, a number that is not rounded
 
 
 def lora(*targets: str) -> PeftConfig:
@@ -65,7 +65,7 @@ def passed(folder: str, config: PeftConfig, *, checkpointed: bool, dtype: str):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        hidden = lm(torch.arange(5, 300)[None], PackedSequences(LENGTHS))
+        hidden = lm(torch.arange(5, 5 + sum(LENGTHS))[None], PackedSequences(LENGTHS))
     hidden.float().square().sum().backward()
     return sum(s.nbytes() for s in kept.values()), {name: p.grad for name, p in trained.items()}
 

@@ -78,6 +78,14 @@ def test_products(recorded, name, flops, numbers):
     assert counted(recorded(products)[name]) == (flops, 2 * numbers)
 
 
+def test_summed_products():
+    """A call as a GPU's trace has it: [9, 7] @ [11, 7]^T + [9, 4] @ [11, 4]^T + bias."""
+    shapes = [[[9, 7], [9, 4]], [[11, 7], [11, 4]], [11], [9, 11]]
+    call = {"name": "fastft::summed_products", "shapes": shapes, "scalars": [""] * 4}
+    call["types"] = ["TensorList", "TensorList", "c10::BFloat16", "c10::BFloat16"]
+    assert counted(call) == (2 * 9 * 11 * (7 + 4), 2 * (9 * 11 + 11 * 11 + 11 + 99))
+
+
 def test_losses_through_the_head(recorded):
     hidden = nn.Parameter(random(9, 5))
     calls = recorded(lambda: ops.linear_log_softmax_kl(hidden, random(9, 5), random(11, 5)).backward())
