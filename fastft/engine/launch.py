@@ -14,7 +14,7 @@ import torch
 from fastft.distributed import Ranks
 from fastft.engine import watch
 from fastft.errors import FastftError
-from fastft.memory import MAPPED_BLOCK
+from fastft.memory import MAPPED_BLOCK, resident_at_start
 
 
 def start(threads_per_rank: int | None) -> Ranks:
@@ -47,6 +47,7 @@ def start(threads_per_rank: int | None) -> Ranks:
     torch.set_num_threads(threads_per_rank or max(1, cores // local_size))
     device = torch.device("cpu")
     _limit_malloc()
+    resident_at_start()  # now, and not when the run's end asks for it
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -42,6 +42,8 @@ class Prefix:
                 an error of at most s / 2 an element, (D + 4) bytes a vector
     """
 
+    is_shared_out = False  # whether `exchange` is more than None
+
     def __init__(self, placement: str = "device"):
         if placement not in PLACEMENTS:
             raise ValueError(f"Prefix: placement is {placement!r}, expected one of {', '.join(PLACEMENTS)}")
@@ -265,7 +267,9 @@ class PackedSequences:
 
     @property
     def is_extensible(self) -> bool:
-        return self.cache is None and self.capture is None and self.exchange is None
+        # Not by asking for the exchange: its first use is a collective, and here not every rank may ask.
+        shared_out = any(prefix.is_shared_out for prefix, _ in self.prefixes or ())
+        return self.cache is None and self.capture is None and not shared_out
 
     def extended(self, count: int) -> PackedSequences:
         """The same with so many tokens more, which the last sequence ends in: nothing sees them but they themselves.
@@ -274,7 +278,7 @@ class PackedSequences:
         context, or shared out to ranks.
         """
         if not self.is_extensible:
-            raise ValueError("PackedSequences: a pack with a cache, a capture or an exchange cannot be extended")
+            raise ValueError("PackedSequences: a pack with a cache, a capture or a shared prefix cannot be extended")
         given = dict(self._given)
         if self.branches and self.branches[-1]:
             *ends, last = self.branches[-1]

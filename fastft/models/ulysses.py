@@ -64,6 +64,7 @@ class SharedPrefix(Prefix):
     begin, end: the positions that this rank computes outside of attention. length is at least the number of ranks.
     """
 
+    is_shared_out = True
     _made = itertools.count()
 
     def __init__(self, length: int, ranks: Ranks, placement: str = "device"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from fastft.config import Config
 from fastft.distributed import GATHER_BYTES, REDUCE_BUCKET
-from fastft.memory import MAPPED_BLOCK
+from fastft.memory import MAPPED_BLOCK, resident_at_start
 from fastft.models.ulysses import check_heads, deal
 from fastft.ops.frozen_weight import TILE_BYTES
 from fastft.optim import BITSANDBYTES
@@ -38,8 +38,10 @@ PARTS = {
     "runtime": "runtime",
     "fragmentation": "fragmentation",
 }
-# Python, torch, transformers, DeepSpeed and their libraries; on a GPU its context and cuBLAS' workspace.
-RUNTIME = {"cpu": 442 * MIB, "gpu": 480 * MIB}
+# A GPU's context and cuBLAS' workspace. Of host memory beside a GPU: Python, torch, transformers, DeepSpeed and theirs.
+RUNTIME = {"gpu": 480 * MIB, "host": 442 * MIB}
+# What a run on the CPU adds to the libraries that are there when it starts: those that come with the first calls.
+LATER_LIBRARIES = 105 * MIB
 # Of what comes and goes, what an allocator cannot use again: caching blocks of 2 MiB and cut ones.
 FRAGMENTATION = 0.08
 # Of a CPU's activations that come from glibc's heap, whose holes between longer-lived blocks stay.
@@ -82,14 +84,15 @@ class Memory:
 
     def _finish(self, name: str, device: Counter[str], host: Counter[str]) -> Phase:
         moving = ("activations", "live_layer", "logits", "prefix", "decode_cache", "communication", "dequantised")
-        kind = "cpu" if self.device.is_cpu else "gpu"
         if self.device.is_cpu:
             device, host = device + host, Counter()
             device["communication"] += self.ranks * SHARED_MEMORY if self.ranks > 1 else 0
         else:
-            host["runtime"] = RUNTIME["cpu"]
+            host["runtime"] = RUNTIME["host"]
             device["fragmentation"] = int(FRAGMENTATION * sum(device[part] for part in moving))
-        device["runtime"] = RUNTIME[kind]
+        # More than that is what somebody else has loaded into this process.
+        libraries = min(resident_at_start(), 2 * RUNTIME["host"]) + LATER_LIBRARIES
+        device["runtime"] = libraries if self.device.is_cpu else RUNTIME["gpu"]
         ordered = {part: device[part] for part in PARTS if device[part]}
         return Phase(name, ordered, {part: host[part] for part in PARTS if host[part]})
 
@@ -137,7 +140,10 @@ class Memory:
         return (2 * layer + max(c.head, layer)) * whole // c.parameters
 
     def _trained(self) -> tuple[Counter[str], Counter[str], int]:
-        """What the trained parameters cost between steps, and the bytes that an optimizer step takes besides."""
+        """What the trained parameters cost between steps, and the bytes that an optimizer step takes besides.
+
+        That is the gradients in float32, under ZeRO out of a flat copy of them, when the bucket is gone.
+        """
         c, d, b = self.counts, self.config.deepspeed, self.itemsize
         n, share = c.trained, -(-c.trained // (self.ranks if d.zero_stage else 1))
         device, host = Counter(), Counter()
@@ -152,9 +158,12 @@ class Memory:
             device["gradients"] += n * b
         else:
             held["gradients"] += share * b
+        bucket = min(n, REDUCE_BUCKET) * b if d.zero_stage else 0
+        device["communication"] += bucket
+        step = 4 * share if has_master else 0
         if d.zero_stage:
-            device["communication"] += min(n, REDUCE_BUCKET) * b
-        return device, host, 4 * share if has_master else 0
+            step += share * b - (bucket if d.zero_stage < 3 else 0)
+        return device, host, step
 
     def _train(self) -> Phase:
         device, host = self._base(training=True)
@@ -170,22 +179,25 @@ class Memory:
         # What was trained is copied to the first rank's host memory at the end, under ZeRO-3 out of gathered groups.
         copied = self.counts.trained * self.itemsize
         gathered = min(copied, GATHER_BYTES) if self.config.deepspeed.zero_stage == 3 else 0
+        # What a pass takes of glibc's heap stays there behind it.
+        of_heap = self.device.is_cpu and sum(lengths) * self.counts.hidden * self.itemsize < MAPPED_BLOCK
+        in_heap = trace.get(ACTIVATIONS, 0) + trace.get(LIVE, 0) if of_heap else 0
+        holes = int(HEAP_FRAGMENTATION * in_heap)
         moments = {
-            "pass": sum(trace.values()),
-            "step": step,
-            "copy": gathered + (copied if self.device.is_cpu else 0),
+            "pass": sum(trace.values()) + holes,
+            "step": step + in_heap + holes,
+            "copy": gathered + (copied if self.device.is_cpu else 0) + in_heap + holes,
         }
         highest = max(moments, key=lambda name: moments[name])
+        device["fragmentation"] = holes if highest == "pass" else in_heap + holes
         if highest == "pass":
             device += Counter(
                 activations=trace.get(ACTIVATIONS, 0), live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0)
             )
-            if self.device.is_cpu and sum(lengths) * self.counts.hidden * self.itemsize < MAPPED_BLOCK:
-                device["fragmentation"] = int(HEAP_FRAGMENTATION * (device["activations"] + device["live_layer"]))
-        elif highest == "step":  # gradients in float32, when the activations are gone
+        elif highest == "step":
             device["gradients"] += step
         else:
-            device["adapters"] += moments["copy"]
+            device["adapters"] += gathered + (copied if self.device.is_cpu else 0)
         if not self.device.is_cpu:
             host["adapters"] += copied
         if self.config.method == "distill" and self.config.distill.teacher == "online":

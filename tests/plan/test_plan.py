@@ -129,7 +129,8 @@ def test_memory_of_a_rank_falls_with_the_ranks():
     assert parts[0]["optimizer"] == 12 * n
     assert [p["optimizer"] for p in parts[1:]] == [3 * n] * 3
     assert parts[1]["gradients"] >= 2 * n
-    assert parts[3]["gradients"] <= 6 * n / 4
+    # In 16 bits, as one flat tensor, and that in float32.
+    assert parts[3]["gradients"] == pytest.approx((2 + 2 + 4) * n / 4, rel=0.01)
 
 
 def test_ranks_that_encode_a_context_together_hold_a_part_of_it_each():
