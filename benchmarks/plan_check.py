@@ -32,7 +32,7 @@ from fastft.plan import planner
 from fastft.tasks import load_documents
 
 GIB = 2**30
-STEPS = {"opt-125m": 12, "opt-1.3b": 4}  # glibc's heap grows for some
+SMALL = 1024  # tokens of a micro-batch, up to which hidden states come from glibc's heap, which grows for some steps
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class Case:
     peft: str
     values: dict[str, Any]
     processes: int = 1
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens of it, on one process."""
+        whole = self.values["queries.passages.tokens"] * self.values["train.batch_size"]
+        return whole // self.values.get("train.micro_batches", 1)
 
     @property
     def name(self) -> str:
@@ -107,7 +113,7 @@ def config_of(case: Case, folder: Path, threads: int | None) -> Config:
         },
         "queries": {"passages": {"prompt_tokens": 24, "stride": 64}, "self_study": {"count": 0}},
         "peft": {"kind": case.peft},
-        "train": {"steps": STEPS[case.size]},
+        "train": {"steps": 12 if case.micro_batch <= SMALL else 2},
         "evaluate": {"answers": False, "batch_size": 8},
         "deepspeed": {"zero_stage": 0, "threads_per_rank": threads},
     }
