@@ -5,7 +5,8 @@ python benchmarks/bench_lora_linear.py --device cuda --model opt-30b --rows 8192
 
 `frozen`: the frozen linear alone, its forward and the gradient of its input; what is beyond it is the adapter's price.
 `peft` is PEFT's own layer as it comes (float32 adapters on a 16-bit base), `peft_same_dtype` with its adapters in the
-base's dtype, `fastft_*` our layer in the forms of `fastft.ops.lora_linear.FORMS` that `fastft`, the row before, is not.
+base's dtype; `unsloth` and `lorafusion` are there on a GPU where they can be imported; `fastft_*` is our layer in the
+forms of `fastft.ops.lora_linear.FORMS` that `fastft`, the row before, is not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -112,6 +114,35 @@ def peft_layers(data: Data, adapter_dtype: torch.dtype):
     return (lambda x: [layer(x) for layer in layers]), flat
 
 
+def _unsloth():
+    from unsloth.kernels.fast_lora import LoRA_W
+
+    return lambda x, weight, A, B: LoRA_W.apply(x[None], weight, None, A, B, SCALING)[0]
+
+
+def _lorafusion():
+    from lorafusion.ops.lora_v1 import fused_linear_lora
+
+    return lambda x, weight, A, B: fused_linear_lora(x[None], weight, A, B, SCALING)[0]
+
+
+# Peers of a GPU alone, which few machines have installed.
+GPU_PEERS = {"unsloth": _unsloth, "lorafusion": _lorafusion}
+
+
+def gpu_peers(data: Data) -> dict[str, Callable]:
+    """Functions from x to the layers' outputs, as far as these libraries can be imported."""
+    found, tensors = {}, list(zip(data.weights, data.lora_As, data.lora_Bs, strict=True))
+    for name, load in GPU_PEERS.items():
+        try:
+            layer = load()
+        except Exception as why:  # they look for GPUs, drivers and each other as they are imported
+            print(f"left out: {name}: {type(why).__name__}: {why}", file=sys.stderr)
+            continue
+        found[name] = lambda x, layer=layer: [layer(x, *own) for own in tensors]
+    return found
+
+
 def forms_of(data: Data) -> list[str]:
     """The forms that this machine has; on a CPU main_loop is torch's products in another order, and no row."""
     forms = []
@@ -145,6 +176,8 @@ def case(args, K: int, N: int, count: int, backward: bool):
     for name, dtype in (("peft", torch.float32), ("peft_same_dtype", data.dtype)):
         if layers := peft_layers(data, dtype):
             implementations[name] = run(*layers)
+    if data.x.is_cuda:
+        implementations |= {name: run(layers, own) for name, layers in gpu_peers(data).items()}
     picked = pick_form(args.form, data.x.device, data.dtype, data.weights, data.lora_As)
     implementations["fastft"] = run(ours(picked), own)
     others = {f"fastft_{form}": run(ours(form), own) for form in forms_of(data) if form != picked}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import itertools
 import json
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, clean_environment
 
@@ -178,6 +181,35 @@ def test_every_kernel_has_a_picture_of_its_sizes(script, tmp_path, monkeypatch):
         assert path.read_text().count("<path") > 20
         assert (ROOT / f"docs/benchmarks/plots/{path.name}").exists()
         assert f"benchmarks/plots/{path.name}" in (ROOT / "docs/kernels.md").read_text()
+
+
+def test_peers_of_a_gpu_are_called_as_their_functions_want_it(script, monkeypatch, capsys):
+    """Unsloth's and LoRAFusion's signatures, of functions that check them; what cannot be imported is named."""
+    lora = script("bench_lora_linear")
+    args = argparse.Namespace(dtype="float32", device="cpu", rows=5, rank=2)
+    data = lora.Data(args, 6, 4, 2)
+
+    class LoRA_W:
+        @staticmethod
+        def apply(X, W, W_quant, A, B, S):
+            assert X.dim() == 3 and W_quant is None
+            return X @ W.t() + S * X @ A.t() @ B.t()
+
+    def fused_linear_lora(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=None):
+        assert x.dim() == 3
+        return x @ linear_w.t() + alpha * x @ lora_a.t() @ lora_b.t()
+
+    for name in ("unsloth", "unsloth.kernels", "lorafusion", "lorafusion.ops"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "unsloth.kernels.fast_lora", SimpleNamespace(LoRA_W=LoRA_W))
+    monkeypatch.setitem(sys.modules, "lorafusion.ops.lora_v1", SimpleNamespace(fused_linear_lora=fused_linear_lora))
+    expected, found = data.truth(backward=False), lora.gpu_peers(data)
+    assert set(found) == {"unsloth", "lorafusion"}
+    for layers in found.values():
+        torch.testing.assert_close(tuple(layers(data.x)), expected)
+    monkeypatch.setitem(sys.modules, "unsloth.kernels.fast_lora", None)
+    assert set(lora.gpu_peers(data)) == {"lorafusion"}
+    assert "left out: unsloth: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def run(bench: str, *options: str, json_file) -> dict[tuple[str, str], dict]:
