@@ -17,7 +17,9 @@ from pathlib import Path
 import psutil
 import torch
 
-MAPPED_BLOCK = 2 * 2**20  # smaller blocks come from glibc's heap, larger ones are mapped one by one (engine/launch.py)
+# glibc (engine/launch.py): smaller blocks come from its heap, larger ones are mapped one by one; and so much at the end
+# of the heap is kept when it is free.
+MAPPED_BLOCK, KEPT_FREE = 2 * 2**20, 64 * 2**20
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what Linux wants to read there: proc_pid_clear_refs(5)
 

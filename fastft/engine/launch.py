@@ -14,7 +14,7 @@ import torch
 from fastft.distributed import Ranks
 from fastft.engine import watch
 from fastft.errors import FastftError
-from fastft.memory import MAPPED_BLOCK, resident_at_start
+from fastft.memory import KEPT_FREE, MAPPED_BLOCK, resident_at_start
 
 
 def start(threads_per_rank: int | None) -> Ranks:
@@ -76,7 +76,7 @@ def start(threads_per_rank: int | None) -> Ranks:
 # glibc's limits, their names in its malloc.h, and the variables with which users set them
 MALLOC_LIMITS = {
     "MALLOC_MMAP_THRESHOLD_": (-3, MAPPED_BLOCK),
-    "MALLOC_TRIM_THRESHOLD_": (-1, 64 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": (-1, KEPT_FREE),
 }
 
 

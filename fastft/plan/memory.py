@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from fastft.config import Config
 from fastft.distributed import GATHER_BYTES, REDUCE_BUCKET
-from fastft.memory import MAPPED_BLOCK, resident_at_start
+from fastft.memory import KEPT_FREE, MAPPED_BLOCK, resident_at_start
 from fastft.models.ulysses import check_heads, deal
 from fastft.ops.frozen_weight import TILE_BYTES
 from fastft.optim import BITSANDBYTES
@@ -180,17 +180,18 @@ class Memory:
         # What was trained is copied to the first rank's host memory at the end, under ZeRO-3 out of gathered groups.
         copied = self.counts.trained * self.itemsize
         gathered = min(copied, GATHER_BYTES) if self.config.deepspeed.zero_stage == 3 else 0
-        # What a pass takes of glibc's heap stays there behind it.
+        # Of what a pass takes of glibc's heap some stays there behind it.
         of_heap = self.device.is_cpu and sum(lengths) * self.counts.hidden * self.itemsize < MAPPED_BLOCK
         in_heap = trace.get(ACTIVATIONS, 0) + trace.get(LIVE, 0) if of_heap else 0
         holes = int(HEAP_FRAGMENTATION * in_heap)
+        left = min(in_heap, KEPT_FREE) + holes
         moments = {
             "pass": sum(trace.values()) + holes,
-            "step": step + in_heap + holes,
-            "copy": gathered + (copied if self.device.is_cpu else 0) + in_heap + holes,
+            "step": step + left,
+            "copy": gathered + (copied if self.device.is_cpu else 0) + left,
         }
         highest = max(moments, key=lambda name: moments[name])
-        device["fragmentation"] = holes if highest == "pass" else in_heap + holes
+        device["fragmentation"] = holes if highest == "pass" else left
         if highest == "pass":
             device += Counter(
                 activations=trace.get(ACTIVATIONS, 0), live_layer=trace.get(LIVE, 0), logits=trace.get(LOGITS, 0)
