@@ -19,8 +19,6 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr const char* kCutlassReason = FASTFT_CUTLASS_REASON;
-
 py::dict info() {
     py::dict d;
     d["version"] = FASTFT_VERSION;
@@ -28,8 +26,6 @@ py::dict info() {
     d["cuda_reason"] = FASTFT_CUDA_REASON;
     d["cuda_archs"] = FASTFT_CUDA_ARCHS;
     d["cuda_compiler"] = FASTFT_CUDA_COMPILER;
-    d["cutlass"] = fastft::cutlass_version();
-    d["cutlass_reason"] = kCutlassReason;
     d["compiler"] = FASTFT_COMPILER;
     d["torch_built_with"] = FASTFT_TORCH_VERSION;
     d["cpu_capability"] = fastft::name_of(fastft::cpu_capability());
@@ -179,7 +175,7 @@ PYBIND11_MODULE(_build, m) {
         return py::make_tuple(plan.blocks(), plan.splits, plan.split_depth, plan.scratch_size());
     });
     m.attr("CUTLASS") = fastft::cutlass_version();
-    m.attr("CUTLASS_REASON") = kCutlassReason;
+    m.attr("CUTLASS_REASON") = FASTFT_CUTLASS_REASON;
     m.attr("SUMMED_PRODUCTS") = fastft::kSummedProducts;
     m.attr("SUMMED_PRODUCTS_ALIGNMENT") = fastft::kSummedProductsAlignment;
     m.def("summed_products_columns", &fastft::summed_products_columns);

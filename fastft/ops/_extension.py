@@ -107,6 +107,8 @@ def build_info() -> dict:
         "built": True,
         "reason": "",
         **info,
+        "cutlass": module.CUTLASS,
+        "cutlass_reason": module.CUTLASS_REASON,
         "cuda_archs": info["cuda_archs"].split(),
         "ops": {"cpu": ["attention", *public], "cuda": public if info["cuda"] else []},
         "devices": module.devices(),

@@ -143,7 +143,7 @@ class Memory:
     def _trained(self) -> tuple[Counter[str], Counter[str], int]:
         """What the trained parameters cost between steps, and the bytes that an optimizer step takes besides.
 
-        That is the gradients in float32, under ZeRO out of a flat copy of them, when the bucket is gone.
+        That is the gradients in float32, under ZeRO out of a flat copy of them.
         """
         c, d, b = self.counts, self.config.deepspeed, self.itemsize
         n, share = c.trained, -(-c.trained // (self.ranks if d.zero_stage else 1))
@@ -159,12 +159,9 @@ class Memory:
             device["gradients"] += n * b
         else:
             held["gradients"] += share * b
-        bucket = min(n, REDUCE_BUCKET) * b if d.zero_stage else 0
-        device["communication"] += bucket
-        step = 4 * share if has_master else 0
         if d.zero_stage:
-            step += share * b - (bucket if d.zero_stage < 3 else 0)
-        return device, host, step
+            device["communication"] += min(n, REDUCE_BUCKET) * b
+        return device, host, (4 * share if has_master else 0) + (share * b if d.zero_stage else 0)
 
     def _train(self) -> Phase:
         device, host = self._base(training=True)
@@ -185,9 +182,11 @@ class Memory:
         in_heap = trace.get(ACTIVATIONS, 0) + trace.get(LIVE, 0) if of_heap else 0
         holes = int(HEAP_FRAGMENTATION * in_heap)
         left = min(in_heap, KEPT_FREE) + holes
+        # ZeRO-1 and 2 free their bucket behind the backward pass, ZeRO-3 keeps it.
+        bucket = own["communication"] if self.config.deepspeed.zero_stage < 3 else 0
         moments = {
             "pass": sum(trace.values()) + holes,
-            "step": step + left,
+            "step": step - bucket + left,
             "copy": gathered + (copied if self.device.is_cpu else 0) + left,
         }
         highest = max(moments, key=lambda name: moments[name])
@@ -198,6 +197,7 @@ class Memory:
             )
         elif highest == "step":
             device["gradients"] += step
+            own["communication"] -= bucket
         else:
             device["adapters"] += gathered + (copied if self.device.is_cpu else 0)
         if not self.device.is_cpu:

@@ -22,8 +22,7 @@ constexpr int kSummedProducts = 4;  // at most; query, key, value and what their
 struct SummedProductsArgs {
     struct Term {
         const void* a;  // [M, depth], row stride a_stride, last dimension contiguous
-        const void*
-            b;  // [N, depth]: row n and column d at b[n * b_stride + d], or, by_depth, [d * b_stride + n]
+        const void* b;  // [N, depth]: (n, d) at b[n * b_stride + d], or, by_depth, at b[d * b_stride + n]
         int64_t depth, a_stride, b_stride;
     };
     Term terms[kSummedProducts];
